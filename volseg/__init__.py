@@ -1,0 +1,1 @@
+"""volseg: distributed segmentation of tomography volumes."""

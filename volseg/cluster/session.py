@@ -1,0 +1,73 @@
+"""A connection to Ray: the one that is there, a cluster's, or one started inside this process."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+import ray
+
+from volseg.errors import InputError
+from volseg.execution.prepare import Cores
+from volseg.spec import SegmentSpec
+
+_SHARE = 0.9  # of what Ray counts as a machine's memory, which leaves room for Ray itself already
+_EMBEDDED_STORE = 128 << 20  # only receipts travel
+
+
+class RaySession:
+    """Connects on entry and leaves on exit what it did not start."""
+
+    def __init__(self, address: str | None, workers: int | None) -> None:
+        self._address = address
+        self._workers = workers
+        self._owned = False
+
+    def __enter__(self) -> RaySession:
+        """Connect, or start Ray inside this process.
+
+        Raises InputError when the cluster does not answer.
+        """
+        if ray.is_initialized():
+            return self
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        if self._address:
+            try:
+                ray.init(address=self._address, **quiet)
+            except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"no Ray cluster answers at {self._address!r} ({reason}); nothing was done: check the address, or leave "
+                    "it out to run on this machine"
+                ) from error
+        else:
+            ray.init(
+                address="local", num_cpus=self._workers, include_dashboard=False, object_store_memory=_EMBEDDED_STORE, **quiet
+            )
+        self._owned = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Disconnect; an embedded Ray ends."""
+        if self._owned:
+            ray.shutdown()
+
+    def cores(self, spec: SegmentSpec) -> Cores:
+        """Return what the cluster offers: its smallest machine decides how much memory a worker may use.
+
+        Raises InputError where GPUs were asked for and there are none.
+        """
+        total = ray.cluster_resources()
+        cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+        if spec.device == "cuda" and gpus == 0:
+            raise InputError("device cuda was asked for, but the Ray cluster has no GPU: leave --device out, or say cpu")
+        device = "cuda" if gpus and spec.device != "cpu" else "cpu"
+        kind = "GPU" if device == "cuda" else "CPU"
+        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(kind, 0) >= 1]
+        if not nodes:
+            raise InputError(f"the Ray cluster has no free machine with a {kind}; nothing was done: add one, or wait")
+        share, slots = min((n.get("memory", 0) * _SHARE / n[kind], int(n[kind])) for n in nodes)
+        workers = gpus if device == "cuda" else cpus
+        return Cores(cpus, gpus, device, workers, int(share * slots), slots)

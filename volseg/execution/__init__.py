@@ -1,0 +1,1 @@
+"""The driver: plan - ledger -> executor -> ledger, its policies, and the executor that needs no cluster."""

@@ -1,0 +1,149 @@
+"""The output and its ledger: whether it may be written, how it is begun, and when it is complete."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from volseg.errors import OutputExistsError, VerifyError
+from volseg.execution.prepare import Prepared
+from volseg.geometry import Box
+from volseg.storage import files, nodes, ome
+from volseg.storage.ledger import Ledger, Receipt, ledger_root
+from volseg.storage.volume import Layout, create_array, set_status
+
+_POLL_SECONDS = 0.5
+Note = Callable[[str], None]
+
+
+def marks_of(output: str) -> dict[str, Any] | None:
+    """Return what volseg wrote into the output's attributes, None where there is no output of volseg."""
+    node = nodes.read_node(output) if files.exists(output) else None
+    marks = node.attributes.get("volseg") if node else None
+    return marks if isinstance(marks, dict) and "job_key" in marks else None
+
+
+def clear_for(job: Prepared, note: Note) -> None:
+    """Make sure that the output is free or this job's own; with `overwrite`, remove another job's.
+
+    Raises OutputExistsError, with the difference to what lies there.
+    """
+    output = job.spec.output
+    if not files.exists(output):
+        return
+    marks = marks_of(output)
+    if marks is None:
+        raise OutputExistsError(
+            f"output {output} exists and volseg did not write it; nothing was done: choose another place, or move it away"
+        )
+    other_key = str(marks["job_key"])
+    if other_key == job.job_key:
+        return
+    other = Ledger(output, other_key)
+    if not job.spec.overwrite:
+        header = other.header()
+        difference = _difference(header["identity"] if header else {}, job.identity)
+        raise OutputExistsError(
+            f"output {output} holds another job's result ({difference}); nothing was done: choose another place, or "
+            "replace it with --overwrite"
+        )
+    wait_for_driver(other, note)
+    files.remove(output)
+    files.remove(ledger_root(output))
+
+
+def wait_for_driver(ledger: Ledger, note: Note) -> None:
+    """Wait until no other process drives a job."""
+    told = False
+    while (driver := ledger.driver()) is not None:
+        if not told:
+            note(f"process {driver['pid']} on {driver['host']} works on this output; waiting until it ends")
+            told = True
+        time.sleep(_POLL_SECONDS)
+
+
+def begin(job: Prepared, ledger: Ledger, created: float) -> dict[str, Any]:
+    """Write the ledger's header where there is none and return the one that stands."""
+    plan = job.plan
+    return ledger.create({
+        "job_key": job.job_key, "identity": job.identity, "block": plan.block, "chunks": plan.chunks,
+        "shards": plan.shards, "shape": plan.shape, "region": str(plan.region), "created": created,
+        "input": job.spec.input, "model": job.spec.model,
+    })  # fmt: skip
+
+
+def create_output(job: Prepared) -> None:
+    """Create the output's arrays, marked incomplete, where they are not there yet."""
+    spec, plan, manifest = job.spec, job.plan, job.manifest
+    if marks_of(spec.output) is not None:
+        return
+    marks = {
+        "status": "incomplete", "job_key": job.job_key, "region": str(plan.region),
+        "all_chunks_written": plan.region == Box.of(plan.shape), "model": job.bundle_digest,
+    }  # fmt: skip
+    voxel_size, unit = job.volume.voxel_size, job.volume.unit
+    if spec.probabilities:
+        layout = Layout(plan.shape, plan.chunks, plan.shards, np.dtype("uint8"), channels=plan.classes)
+        attributes = ome.group_attributes(
+            layout.axes, voxel_size=voxel_size, unit=unit, name="probabilities", volseg=marks
+        )
+        create_array(files.join(spec.output, "probabilities"), layout, attributes)
+    layout = Layout(plan.shape, plan.chunks, plan.shards, np.dtype("uint8" if plan.classes <= 256 else "uint16"))
+    label = ome.label_attributes(
+        [c.name for c in manifest.classes],
+        [(*(int(c.color[i : i + 2], 16) for i in (1, 3, 5)), 255 if c.id else 0) for c in manifest.classes],
+    )
+    attributes = ome.group_attributes(
+        layout.axes, voxel_size=voxel_size, unit=unit, name="labels", label=label, volseg=marks
+    )
+    create_array(spec.output, layout, attributes)
+
+
+def finish(job: Prepared, receipts: Mapping[int, Receipt]) -> None:
+    """Check that every object of every receipt is stored with its size; then, and only then, say complete.
+
+    Raises VerifyError.
+    """
+    missing = unsound(job.spec.output, receipts)
+    if missing:
+        raise VerifyError(
+            f"{len(missing)} block(s) have a receipt but their objects are gone or changed, the first is block "
+            f"{min(missing)}; the output stays incomplete: run the same command again"
+        )
+    for group in ("probabilities",) * job.spec.probabilities + ("",):
+        set_status(files.join(job.spec.output, group).rstrip("/"), {"volseg": {"status": "complete"}})
+
+
+def reopen(job: Prepared) -> None:
+    """Mark the output incomplete again before blocks of it are written."""
+    for group in ("", *("probabilities",) * job.spec.probabilities):
+        set_status(files.join(job.spec.output, group).rstrip("/"), {"volseg": {"status": "incomplete"}})
+
+
+def unsound(output: str, receipts: Mapping[int, Receipt]) -> set[int]:
+    """Return the blocks whose objects are absent or of another size than their receipt says."""
+
+    def broken(receipt: Receipt) -> bool:
+        return any(files.size(files.join(output, key)) != size for key, size in receipt.objects.items())
+
+    with ThreadPoolExecutor(8) as pool:
+        return {r.index for r, bad in zip(receipts.values(), pool.map(broken, receipts.values()), strict=True) if bad}
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    parts = [
+        f"{name}: {_brief(old.get(name))} there, {_brief(new.get(name))} asked for"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    return "; ".join(parts) or "its ledger is gone"
+
+
+def _brief(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

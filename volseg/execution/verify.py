@@ -1,0 +1,73 @@
+"""`volseg verify`: does the stored result match its receipts?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from volseg.errors import BlockError, VolumeError
+from volseg.execution.output import marks_of, unsound
+from volseg.geometry import BlockGrid, Box
+from volseg.storage import files
+from volseg.storage.digest import digest
+from volseg.storage.ledger import Ledger, Receipt
+from volseg.storage.volume import ArrayWriter
+
+Progress = Callable[[int, int], None]
+
+
+def verify(output: str, *, deep: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Check a segmentation against its ledger: every block has a receipt, every object its recorded size.
+
+    With `deep`, every block is read and its digest compared, too. The answer's `status` is verified, incomplete (blocks
+    without a receipt, or the job did not end) or damaged (blocks named in `damaged`). Raises VolumeError where `output`
+    is no segmentation of volseg.
+    """
+    output = files.absolute(output)
+    marks = marks_of(output)
+    if marks is None:
+        raise VolumeError(f"{output} is no segmentation that volseg wrote; nothing was checked: check the path")
+    ledger = Ledger(output, str(marks["job_key"]))
+    header = ledger.header()
+    if header is None:
+        raise VolumeError(f"the ledger of {output} is gone ({ledger.path}); nothing can be checked: segment it again")
+    shape, block = header["shape"], header["block"]
+    region = Box.parse(header["region"], (shape[0], shape[1], shape[2]))
+    grid = BlockGrid((shape[0], shape[1], shape[2]), (block[0], block[1], block[2]), region)
+    receipts = ledger.receipts()
+    damaged = {index: "an object is absent or has another size" for index in unsound(output, receipts)}
+    if deep:
+        damaged |= _compare(output, grid, {i: r for i, r in receipts.items() if i not in damaged}, progress)
+    missing = len(grid) - len(receipts)
+    complete = marks.get("status") == "complete" and not missing
+    return {
+        "status": "damaged" if damaged else "verified" if complete else "incomplete",
+        "output": output,
+        "deep": deep,
+        "blocks": {"total": len(grid), "with_receipt": len(receipts), "without_receipt": missing, "damaged": len(damaged)},
+        "objects": sum(len(receipt.objects) for receipt in receipts.values()),
+        "bytes": sum(sum(receipt.objects.values()) for receipt in receipts.values()),
+        "damaged": [
+            {"block": index, "box": str(grid.box(index)), "error": message} for index, message in sorted(damaged.items())
+        ],
+    }
+
+
+def _compare(
+    output: str, grid: BlockGrid, receipts: dict[int, Receipt], progress: Progress | None
+) -> dict[int, str]:
+    damaged: dict[int, str] = {}
+    readers: dict[str, ArrayWriter] = {}
+    for count, (index, receipt) in enumerate(receipts.items(), start=1):
+        for name, wanted in receipt.digests.items():
+            reader = readers.setdefault(name, ArrayWriter(files.join(output, name)))
+            try:
+                found = digest(reader.read(grid.box(index)))
+            except (OSError, BlockError) as error:
+                damaged[index] = f"{name}: {error}"
+                continue
+            if found != wanted:
+                damaged[index] = f"{name}: the voxels are not those that were written"
+        if progress is not None:
+            progress(count, len(receipts))
+    return damaged

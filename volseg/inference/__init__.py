@@ -1,0 +1,1 @@
+"""Predictor, accumulator and block processor: what one worker does with one block."""

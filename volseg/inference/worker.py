@@ -1,0 +1,52 @@
+"""A worker: one process' torch settings, its block processor, and what it reports about itself."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from volseg.inference.allocator import keep_large_tensors_mapped
+from volseg.inference.attempt import Failure, attempt
+from volseg.inference.block_processor import BlockProcessor
+from volseg.inference.predictor import fingerprint
+from volseg.plan import Plan
+from volseg.spec import SegmentSpec
+from volseg.storage.ledger import Receipt
+from volseg.storage.volume import configure
+
+
+class Worker:
+    """Holds one process' share of a job, the same in this process and in a Ray actor.
+
+    CPU workers compute with one thread: more workers use a machine better than more threads, and the bits of a forward
+    depend on the number of threads.
+    """
+
+    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str) -> None:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        keep_large_tensors_mapped()
+        configure(threads=2)
+        if plan.device == "cuda":
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
+        self.fingerprint = fingerprint(plan.device)
+        self._processor = BlockProcessor(spec, plan, bundle_digest)
+
+    def attempt(self, index: int) -> Receipt | Failure:
+        """Process one block; see `volseg.inference.attempt`."""
+        return attempt(self._processor.process, index)
+
+    def peak_memory(self) -> int:
+        """Return this process' resident peak in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def close(self) -> None:
+        """Stop blocks under way and give torch its threads back."""
+        self._processor.cancel()
+        torch.set_num_threads(self._threads)

@@ -1,0 +1,1 @@
+"""Everything that touches stored bytes: Zarr volumes, OME metadata, importers, the ledger."""

@@ -1,0 +1,192 @@
+"""The ledger: what is done. It lies beside the output and survives every process.
+
+``<output>.volseg/<job_key>/``
+
+- ``header.json``      what the job is (identity, block grid); created first and only once
+- ``numerics.json``    the fingerprint of the device that computes; created once by the first worker
+- ``attempts/00001.json``  one a driver, created only once each: who drives
+- ``heartbeat.json``   rewritten every few seconds by the driver
+- ``receipts/00001-000000.jsonl``  create-only segments, named by attempt and number
+- ``report.json``      the result of the last finished attempt
+
+A receipt is what makes a block done; the presence of a chunk proves nothing. A crash loses the receipts of a few seconds,
+and computing those blocks again gives the same voxels, so a late or doubled writer does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from volseg.storage import files
+
+Json = dict[str, Any]
+
+FLUSH_SECONDS = 2.0
+HEARTBEAT_SECONDS = 3.0
+STALE_SECONDS = 45.0
+"""A driver on another machine counts as dead when its heartbeat is older."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one block wrote: digests of the decoded voxels by array, and the size in bytes of every object."""
+
+    index: int
+    digests: dict[str, str]
+    objects: dict[str, int]
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+def ledger_root(output: str) -> str:
+    """Return the folder of all ledgers of an output."""
+    return f"{output.rstrip('/')}.volseg"
+
+
+class Ledger:
+    """One job's ledger, for one driver at a time; readers need no permission."""
+
+    def __init__(self, output: str, job_key: str) -> None:
+        self.path = files.join(ledger_root(output), job_key)
+        self.attempt = 0
+        self._segment = 0
+        self._waiting: list[Receipt] = []
+        self._flushed = self._beat = 0.0
+
+    def header(self) -> Json | None:
+        """Return the header, None where the job was never begun."""
+        return self._read("header.json")
+
+    def create(self, header: Json) -> Json:
+        """Write the header once; return what stands there afterwards, ours or an earlier one."""
+        files.create_bytes(files.join(self.path, "header.json"), _dump(header))
+        return self.header() or header
+
+    def numerics(self, fingerprint: Json) -> Json:
+        """Write the numerics fingerprint once; return what stands there, ours or an earlier one."""
+        files.create_bytes(files.join(self.path, "numerics.json"), _dump(fingerprint))
+        return self._read("numerics.json") or fingerprint
+
+    def take(self) -> bool:
+        """Become this job's driver; False when another process is, or took the same attempt first."""
+        last = self._last_attempt()
+        if last and self._alive(last) is not None:
+            return False
+        # Whoever else saw the same last attempt wants the same number, and only one gets it.
+        record = {**_whoami(), "time": time.time()}
+        if not files.create_bytes(files.join(self.path, "attempts", f"{last + 1:05d}.json"), _dump(record)):
+            return False
+        self.attempt = last + 1
+        return True
+
+    def driver(self) -> Json | None:
+        """Return the record of the driver that is alive, None where there is none.
+
+        On this machine the process is looked up; elsewhere the age of its heartbeat decides.
+        """
+        last = self._last_attempt()
+        return self._alive(last) if last else None
+
+    def _last_attempt(self) -> int:
+        names = files.list_names(files.join(self.path, "attempts"))
+        return max((int(name[:-5]) for name in names if name.endswith(".json") and name[0] != "."), default=0)
+
+    def _alive(self, attempt: int) -> Json | None:
+        record = self._read("attempts", f"{attempt:05d}.json")
+        if record is None or self._read("ended", f"{attempt:05d}.json") is not None:
+            return None
+        beat = self._read("heartbeat.json")
+        if beat is not None and beat.get("attempt") == attempt:
+            record["time"] = beat["time"]
+        me = _whoami()
+        if (record["host"], record["boot"]) == (me["host"], me["boot"]):
+            alive = _started(record["pid"]) == record["started"]
+        else:
+            alive = time.time() - record["time"] < STALE_SECONDS
+        return record if alive else None
+
+    def receipts(self) -> dict[int, Receipt]:
+        """Return all receipts by block."""
+        found: dict[int, Receipt] = {}
+        folder = files.join(self.path, "receipts")
+        for name in files.list_names(folder):
+            if name.endswith(".jsonl") and name[0] != ".":
+                for line in files.read_bytes(files.join(folder, name)).splitlines():
+                    receipt = Receipt(**json.loads(line))
+                    found[receipt.index] = receipt
+        return found
+
+    def add(self, receipt: Receipt) -> None:
+        """Keep a receipt for the next flush."""
+        self._waiting.append(receipt)
+
+    def tick(self, progress: Mapping[str, Any], *, force: bool = False) -> None:
+        """Flush receipts and heartbeat where they are due; the driver calls this at least once a second."""
+        now = time.monotonic()
+        if self._waiting and (force or now - self._flushed >= FLUSH_SECONDS):
+            name = f"{self.attempt:05d}-{self._segment:06d}.jsonl"
+            lines = b"".join(_dump(asdict(receipt)) + b"\n" for receipt in self._waiting)
+            if not files.create_bytes(files.join(self.path, "receipts", name), lines):
+                raise FileExistsError(f"{name} in {self.path}: another driver uses this attempt's number")
+            self._segment += 1
+            self._waiting.clear()
+            self._flushed = now
+        if force or now - self._beat >= HEARTBEAT_SECONDS:
+            beat = {"time": time.time(), "attempt": self.attempt, **progress}
+            files.write_bytes(files.join(self.path, "heartbeat.json"), _dump(beat))
+            self._beat = now
+
+    def trace(self, index: int, message: str, details: str) -> None:
+        """Keep the traceback of an error that no rule foresaw."""
+        name = f"{self.attempt:05d}-{index}-{time.time_ns()}.txt"
+        files.create_bytes(files.join(self.path, "failures", name), f"{message}\n\n{details}".encode())
+
+    def end(self, report: Json | None) -> None:
+        """Say that this driver stopped by itself, with its report where the job came to an end."""
+        if report is not None:
+            files.write_bytes(files.join(self.path, "report.json"), _dump(report))
+        files.write_bytes(files.join(self.path, "ended", f"{self.attempt:05d}.json"), _dump({"time": time.time()}))
+
+    def report(self) -> Json | None:
+        """Return the last report."""
+        return self._read("report.json")
+
+    def _read(self, *names: str) -> Json | None:
+        try:
+            content: Json = json.loads(files.read_bytes(files.join(self.path, *names)))
+        except FileNotFoundError:
+            return None
+        return content
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+@lru_cache(maxsize=1)
+def _boot() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _started(pid: int) -> float | None:
+    """Return when a process started, so that a reused pid is not taken for it; None where there is none."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _whoami() -> Json:
+    pid = os.getpid()
+    return {"host": platform.node(), "boot": _boot(), "pid": pid, "started": _started(pid)}
