@@ -2,11 +2,12 @@
 
 The patch lattice is a product of three axes, so it is enough to normalise the weights along each axis in 1D: at every
 voxel the weights of the patches that cover it sum to one, and no weight volume and no final division exists. Weighted
-probabilities are rounded to integers (2^30 stands for 1) before they are added, so the order of additions cannot matter:
-that is what makes the labels independent of blocks, workers and retries.
+probabilities are rounded to integers (2^30 stands for 1) before they are added, so the order of additions cannot
+matter: that is what makes the labels independent of blocks, workers and retries.
 
-A class sum stays within a few parts in 10^7 of 2^30 and cannot overflow int32, because every factor (also those of later
-averages, such as mirroring) is part of the weight and the weights sum to one.
+The sum over all classes stays within 3 parts in 10^7 of 2^30 for usual overlaps (each patch that meets in a voxel adds
+half a step of rounding at most) and cannot overflow int32, because every factor (also those of later averages, such as
+mirroring) is part of the weight and the weights sum to one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ ONE = 1 << 30
 
 Window = Literal["gaussian", "constant"]
 
-# The Gaussian's width and floor follow nnU-Net (Isensee et al. 2021): sigma = patch / 8. The floor keeps every weight far
-# above the resolution of the fixed point where a single far corner of a patch is all that covers a voxel.
+# The Gaussian's width follows nnU-Net (Isensee et al. 2021): sigma = patch / 8. The floor keeps the sums that the weights
+# are divided by far from zero where only far corners of patches cover a voxel.
 _SIGMA = 1 / 8
 _FLOOR = 1e-3
 

@@ -54,6 +54,14 @@ def choose_block(
     return best[1] if best else None
 
 
+def smallest_block(lattice: PatchLattice, unit: Triple | None = None) -> Triple:
+    """Return the smallest block that `choose_block` considers."""
+    z, y, x = (
+        min(_sides(axis.size, axis.stride, unit[i] if unit else None)) for i, axis in enumerate(lattice.axes)
+    )
+    return z, y, x
+
+
 class _AxisLoad(NamedTuple):
     """Patches along one axis: of all blocks together, of the largest block, and the number of blocks."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
-from volseg.blockshape import choose_block, chunk_for
+from volseg.blockshape import choose_block, chunk_for, smallest_block
 from volseg.errors import PlanError, SpecError
-from volseg.geometry import AXES, BlockGrid, Box, PatchLattice, Triple, stride_for
+from volseg.geometry import AXES, AxisLattice, BlockGrid, Box, PatchLattice, Triple, stride_for
 from volseg.memory import GIB, BlockCost, MemoryEstimate, predict
 from volseg.spec import SegmentSpec
 
@@ -75,6 +75,7 @@ class Plan:
     memory: MemoryEstimate
     memory_limit: int
     itemsize: int
+    probabilities: bool
     flops_per_patch: float
 
     @cached_property
@@ -127,7 +128,7 @@ class Plan:
             "memory_per_worker": self.memory.as_dict(),
             "memory_limit": self.memory_limit,
             "bytes_read": read,
-            "bytes_written_raw": voxels * label,
+            "bytes_written": voxels * (label + (self.classes if self.probabilities else 0)),
         }
 
 
@@ -157,7 +158,7 @@ def make_plan(
         lattice, region, resources.workers, lambda b: memory_of(b).total <= resources.memory, spec.shards or spec.chunks
     )
     if chosen is None:
-        smallest = memory_of(_smallest_block(stride, spec)).total
+        smallest = memory_of(smallest_block(lattice, spec.shards or spec.chunks)).total
         raise PlanError(
             f"memory limit {resources.memory / GIB:.2f} GiB is too small for one block with patch {list(patch)}: at least "
             f"{_ceil2(smallest / GIB)} GiB a worker is needed; nothing was done: raise --memory, or choose a smaller --patch"
@@ -178,7 +179,8 @@ def make_plan(
         chunks=chunks, shards=shards, classes=model.classes, axis=model.axis,
         threshold=model.threshold if spec.threshold is None else spec.threshold, batch=batch,
         workers=min(resources.workers, len(BlockGrid(volume.shape, chosen, region))), device=resources.device,
-        memory=memory, memory_limit=resources.memory, itemsize=volume.itemsize, flops_per_patch=model.flops(patch),
+        memory=memory, memory_limit=resources.memory, itemsize=volume.itemsize, probabilities=spec.probabilities,
+        flops_per_patch=model.flops(patch),
     )  # fmt: skip
 
 
@@ -245,24 +247,28 @@ def _cost(
     block: Triple, lattice: PatchLattice, region: Box, volume: VolumeFacts, model: ModelFacts, batch: int,
     probabilities: bool,
 ) -> BlockCost:  # fmt: skip
-    grid = BlockGrid(lattice.shape, block, region)
-    largest, reach = [], []
-    for axis, lattice_axis in enumerate(lattice.axes):
-        spans = _clipped_spans(grid, axis)
-        # The first, second and last position cover every case: in between all positions repeat with the lattice.
-        largest.append(max(stop - start for start, stop in grid.axis_spans(axis)))
-        sides = []
-        for start, stop in spans:
-            touching = lattice_axis.touching(start, stop)
-            end = min(lattice_axis.origin(touching[-1]) + lattice_axis.patch, lattice_axis.size)
-            sides.append(end - lattice_axis.origin(touching[0]))
-        reach.append(max(sides))
+    largest, reach = zip(
+        *(_widest(a, b, low, high) for a, b, low, high in zip(lattice.axes, block, region.start, region.stop, strict=True)),
+        strict=True,
+    )
     return BlockCost(
         block=(largest[0], largest[1], largest[2]), reach=(reach[0], reach[1], reach[2]), patch=lattice.patch,
         channels=volume.channels, itemsize=volume.itemsize, sums=1 if model.classes == 2 else model.classes,
         classes=model.classes, probabilities=probabilities, batch=batch,
         activation_bytes=model.activation_bytes(lattice.patch, batch), parameter_bytes=model.parameter_bytes,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _widest(axis: AxisLattice, side: int, low: int, high: int) -> tuple[int, int]:
+    """Return the largest block and the largest reach along one axis of a region ``low:high``, blocks of `side`."""
+    largest = reach = 0
+    for start in range(low // side * side, high, side):
+        stop = min(start + side, axis.size)
+        touching = axis.touching(max(start, low), min(stop, high))
+        end = min(axis.origin(touching[-1]) + axis.patch, axis.size)
+        largest, reach = max(largest, stop - start), max(reach, end - axis.origin(touching[0]))
+    return largest, reach
 
 
 def _storage_shapes(spec: SegmentSpec, block: Triple) -> tuple[Triple, Triple]:
@@ -281,12 +287,6 @@ def _storage_shapes(spec: SegmentSpec, block: Triple) -> tuple[Triple, Triple]:
                 f"use a chunk that divides {shard}"
             )
     return chunks, shards
-
-
-def _smallest_block(stride: Triple, spec: SegmentSpec) -> Triple:
-    unit = spec.shards or spec.chunks or (1, 1, 1)
-    z, y, x = (-(-s // u) * u for s, u in zip(stride, unit, strict=True))
-    return z, y, x
 
 
 def _ceil2(value: float) -> float:

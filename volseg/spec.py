@@ -40,15 +40,32 @@ def _explain(cls: type[BaseModel], loc: tuple[int | str, ...], kind: str, messag
 
 def parse_triple(value: object) -> object:
     """Turn ``"1,256,256"`` or ``"64"`` (three equal sides) into (z, y, x); other values pass through to pydantic."""
+    rule = "write three whole numbers z,y,x such as 64,64,64, or one for all three"
     if isinstance(value, int) and not isinstance(value, bool):
         return (value, value, value)
     if isinstance(value, str):
         parts = value.replace(" ", "").strip("()[]").split(",")
         if not all(re.fullmatch(r"\d+", p) for p in parts) or len(parts) not in {1, 3}:
-            raise ValueError("write three whole numbers z,y,x such as 64,64,64, or one for all three")
+            raise ValueError(rule)
         numbers = [int(p) for p in parts]
         return tuple(numbers * 3 if len(numbers) == 1 else numbers)
+    if isinstance(value, list | tuple) and len(value) != 3:
+        raise ValueError(rule)
     return value
+
+
+def parse_floats(text: str | None, option: str) -> tuple[float, float, float] | None:
+    """Turn ``"0.1,0.022,0.022"`` or ``"3"`` (three equal) into (z, y, x); raises SpecError."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in {1, 3}:
+        raise SpecError(f"{option} {text!r}: write three numbers z,y,x such as 0.1,0.022,0.022, or one for all three")
+    z, y, x = numbers * 3 if len(numbers) == 1 else numbers
+    return z, y, x
 
 
 def _positive(value: Triple | None) -> Triple | None:
@@ -82,7 +99,7 @@ class SegmentSpec(Spec):
     chunks: Triple | None = Field(None, description="chunk shape of the output z,y,x [default: derived from the block]")
     shards: Triple | None = Field(None, description="shard shape of the output z,y,x [default: the block]")
     executor: Literal["auto", "serial", "ray"] = Field(
-        "auto", description="serial: in this process; ray: actors; auto: ray where several workers have something to do"
+        "auto", description="serial: in this process; ray: actors; auto: ray for more than one worker"
     )
     workers: int | None = Field(None, ge=1, description="number of workers [default: one a GPU, else one a CPU core]")
     address: str | None = Field(None, description="address of a Ray cluster [default: Ray started inside this process]")
@@ -136,9 +153,17 @@ class TrainSpec(Spec):
     def _patch_text(cls, value: object) -> object:
         return parse_triple(value)
 
+    @field_validator("dims", mode="before")
+    @classmethod
+    def _dims_text(cls, value: object) -> object:
+        # A choice between numbers does not take the command line's text by itself.
+        return int(value) if isinstance(value, str) and value in {"2", "3"} else value
+
     @field_validator("widths", "classes", mode="before")
     @classmethod
     def _list_text(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value,)
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     _sides = field_validator("patch")(_positive)

@@ -1,7 +1,7 @@
 """A CT phantom with known truth: a porous battery electrode, scanned and reconstructed slice by slice.
 
-The structure is built in 3D (`build_electrode`), so neighbouring slices agree as they do in a real scan. Every slice is then
-projected, measured with a noisy and imperfect detector, and reconstructed by filtered back projection (`make_phantom`).
+The structure is built in 3D (`build_electrode`), so neighbouring slices agree as they do in a real scan. Every slice is
+then projected, measured with a noisy and imperfect detector, and reconstructed by filtered back projection (`scan`).
 Arrays are (z, y, x), lengths are voxels and attenuations are 1/voxel unless said otherwise. Needs only NumPy and SciPy.
 """
 
@@ -29,36 +29,46 @@ _FAR = np.float32(1e3)
 
 @dataclass(frozen=True)
 class Electrode:
-    """What the electrode is made of. Radii in voxels, attenuations in 1/voxel."""
+    """What the electrode is made of. Radii, gap, roughness in voxels; phases in 1/voxel; spread and texture relative.
 
-    radius: tuple[float, float] = (8.0, 20.0)
-    gap: float = 13.0
-    roughness: float = 1.2
+    `packing` is the volume of the particles on offer per volume; some find no room. Binder fills the places whose
+    distances to the two nearest particles add up to less than `gap`.
+    """
+
+    radius: tuple[float, float] = (13.0, 26.0)
+    packing: float = 0.53
+    gap: float = 17.0
+    roughness: float = 0.8
     active: float = 0.0150
-    binder: float = 0.0062
+    binder: float = 0.0077
     pore: float = 0.0012
-    particle_spread: float = 0.10
-    binder_texture: float = 0.25
+    speck: float = 0.1200
+    particle_spread: float = 0.16
+    binder_texture: float = 0.20
     specks_per_million: float = 8.0
 
 
 @dataclass(frozen=True)
 class Scanner:
-    """How it is imaged. `photons` is the unattenuated count of a detector pixel in one projection; `blur` is in voxels.
+    """How it is imaged. `photons` is the unattenuated count of a detector pixel in one projection, `blur` in voxels.
 
-    `spectrum` lists (share of the photons, factor on the attenuation): more than one line hardens the beam and causes cupping.
+    `spectrum` lists (share of the photons, factor on the attenuation): several lines harden the beam and cause cupping.
     """
 
     angles: int = 120
-    photons: float = 2500.0
-    gain_error: float = 0.012
+    photons: float = 800.0
+    gain_error: float = 0.02
     blur: float = 0.7
     spectrum: tuple[tuple[float, float], ...] = ((0.5, 1.4), (0.5, 0.6))
 
 
+ELECTRODE = Electrode()
+SCANNER = Scanner()
+
+
 @dataclass(frozen=True)
 class Phantom:
-    """A reconstructed scan and its truth: `image` uint16 (z, y, x), `labels` uint8 (z, y, x), voxel size z, y, x in um."""
+    """A scan and its truth: `image` uint16 and `labels` uint8, both (z, y, x); voxel size z, y, x in micrometers."""
 
     image: NDArray[np.uint16]
     labels: NDArray[np.uint8]
@@ -69,9 +79,10 @@ class Phantom:
 class ParallelBeam:
     """Projection and filtered back projection of (y, x) slices, sharing one pixel-driven sparse matrix.
 
-    The matrix spreads each pixel's mass over the three nearest detector bins by a quadratic B-spline (linear interpolation shows
-    moire); its transpose is the backprojector. The detector covers the slice's diagonal. The filter is the band-limited ramp of Kak and Slaney,
-    "Principles of Computerized Tomographic Imaging" (1988), eq. 3.61, sampled in space so that the mean value is right.
+    The matrix spreads each pixel's mass over the three nearest detector bins by a quadratic B-spline, because linear
+    interpolation shows moire; its transpose is the backprojector. The detector covers the slice's diagonal. The filter
+    is the band-limited ramp of Kak and Slaney, "Principles of Computerized Tomographic Imaging" (1988), chapter 3,
+    sampled in space so that the mean value is right.
     """
 
     def __init__(self, shape: tuple[int, int], angles: int) -> None:
@@ -88,18 +99,16 @@ class ParallelBeam:
         self._ramp = np.fft.rfft(kernel).real.astype(np.float32)[:, None]
 
     def _system_matrix(self) -> Any:
-        y, x = (np.arange(n) - (n - 1) / 2 for n in self.shape)
+        y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in self.shape), indexing="ij")
         theta = np.arange(self.angles) * (np.pi / self.angles)
-        pixels = (y[:, None] * np.ones(len(x))).ravel(), (np.ones(len(y))[:, None] * x).ravel()
-        place = pixels[1][:, None] * np.cos(theta) + pixels[0][:, None] * np.sin(theta) + (self.bins - 1) / 2
+        place = np.outer(x, np.cos(theta)) + np.outer(y, np.sin(theta)) + (self.bins - 1) / 2
         centre = np.rint(place).astype(np.int32)
         off = (place - centre).astype(np.float32)
-        columns = (centre + np.arange(self.angles, dtype=np.int32) * self.bins)[..., None] + np.array([-1, 0, 1], np.int32)
+        middle = centre + np.arange(self.angles, dtype=np.int32) * self.bins
+        columns = middle[..., None] + np.array([-1, 0, 1], np.int32)
         values = np.stack([(0.5 - off) ** 2 / 2, 0.75 - off**2, (0.5 + off) ** 2 / 2], axis=-1)
         starts = np.arange(len(place) + 1, dtype=np.int32) * (3 * self.angles)
-        return sparse.csr_array(
-            (values.ravel(), columns.ravel(), starts), shape=(len(place), self.angles * self.bins)
-        )
+        return sparse.csr_array((values.ravel(), columns.ravel(), starts), shape=(len(place), self.angles * self.bins))
 
     def project(self, slices: F32) -> F32:
         """Line integrals (angle, bin, z) of attenuation slices (z, y, x)."""
@@ -124,19 +133,19 @@ def _smooth_noise(rng: np.random.Generator, shape: tuple[int, int, int], sigma: 
     return result
 
 
-def _pack(rng: np.random.Generator, shape: tuple[int, int, int], radius: tuple[float, float]) -> NDArray[np.float64]:
+def _pack(rng: np.random.Generator, shape: tuple[int, int, int], recipe: Electrode) -> NDArray[np.float64]:
     """Centres and radii, rows of (z, y, x, r), by random sequential addition from the largest particle to the smallest.
 
     Neighbours may sink into each other by a tenth, as particles of a calendered electrode do. Centres may lie outside.
     """
-    margin = radius[1]
+    smallest, margin = recipe.radius
     extent = np.array(shape) + 2 * margin
-    wanted = 0.53 * float(np.prod(extent))
-    radii = np.empty(0)
-    while np.sum(4 / 3 * np.pi * radii**3) < wanted:
-        radii = np.append(radii, np.clip(rng.lognormal(np.log(np.sqrt(radius[0] * radius[1])), 0.35), *radius))
+    drawn, volume = [], 0.0
+    while volume < recipe.packing * float(np.prod(extent)):
+        drawn.append(float(np.clip(rng.lognormal(np.log(np.sqrt(smallest * margin)), 0.35), smallest, margin)))
+        volume += 4 / 3 * np.pi * drawn[-1] ** 3
     placed = np.empty((0, 4))
-    for r in np.sort(radii)[::-1]:
+    for r in sorted(drawn, reverse=True):
         for _ in range(60):
             centre = rng.random(3) * extent - margin
             if np.all(np.linalg.norm(placed[:, :3] - centre, axis=1) > 0.9 * (placed[:, 3] + r)):
@@ -156,7 +165,7 @@ def _ellipsoid(rng: np.random.Generator, r: float) -> NDArray[np.float64]:
 def _distances(
     rng: np.random.Generator, shape: tuple[int, int, int], particles: NDArray[np.float64], reach: float
 ) -> tuple[F32, F32, NDArray[np.int32]]:
-    """Signed distance to the nearest and second nearest particle, and which the nearest is; exact only within `reach`."""
+    """Signed distance to the nearest and second nearest particle, and which is nearest; beyond `reach` a constant."""
     first, second = np.full(shape, _FAR), np.full(shape, _FAR)
     owner = np.zeros(shape, np.int32)
     for index, (*centre, r) in enumerate(particles):
@@ -180,11 +189,11 @@ def _distances(
 def build_electrode(shape: tuple[int, int, int], seed: int, recipe: Electrode) -> tuple[NDArray[np.uint8], F32]:
     """Labels uint8 and attenuation float32, both (z, y, x), of a milled pillar of electrode standing along z in air.
 
-    Particles are polydisperse ellipsoids with rough surfaces; binder fills the necks, where two particles come close; the rest
-    is pore, as is the air around the pillar. Dense specks lie inside particles and belong to them.
+    Particles are polydisperse ellipsoids with rough surfaces; binder fills the necks, where two particles come close;
+    the rest is pore, as is the air around the pillar. Dense specks lie inside particles and belong to them.
     """
     rng = np.random.default_rng([seed, 0])
-    particles = _pack(rng, shape, recipe.radius)
+    particles = _pack(rng, shape, recipe)
     first, second, owner = _distances(rng, shape, particles, recipe.gap + 4)
     rough = _smooth_noise(rng, shape, 3.0) * np.float32(recipe.roughness)
     patchy = _smooth_noise(rng, shape, 9.0) * np.float32(2.5)
@@ -211,27 +220,29 @@ def _add_specks(
     count = min(len(inside), round(recipe.specks_per_million * attenuation.size / 1e6))
     for spot in rng.choice(inside, count, replace=False):
         centre = np.unravel_index(spot, attenuation.shape)
-        box = tuple(slice(max(0, int(c) - 3), min(n, int(c) + 4)) for c, n in zip(centre, attenuation.shape, strict=True))
-        away = sum((axis - c) ** 2 for axis, c in zip(np.ogrid[box], centre, strict=True))
-        attenuation[box][away < rng.uniform(1.5, 2.6) ** 2] = 6 * recipe.active
+        box = tuple(slice(max(0, int(c) - 3), int(c) + 4) for c in centre)
+        part = attenuation[box]
+        axes = np.ogrid[tuple(slice(n) for n in part.shape)]
+        away = sum((axis + cut.start - c) ** 2 for axis, cut, c in zip(axes, box, centre, strict=True))
+        part[away < rng.uniform(1.5, 2.6) ** 2] = recipe.speck
 
 
 def scan(attenuation: F32, seed: int, scanner: Scanner, progress: Progress | None = None) -> F32:
-    """Reconstructed attenuation (z, y, x) of an attenuation (z, y, x): Beer-Lambert, Poisson noise, gain errors, then FBP.
+    """Reconstructed attenuation (z, y, x) of an attenuation (z, y, x), by Beer-Lambert, noise, gain errors, then FBP.
 
-    A detector row sees one slice, so gain errors, constant over the angles, become rings; they reach over a few slices, as dust
-    on a scintillator does. `Scanner.photons` of infinity leaves out the noise. `progress(done, total)` counts slices.
+    A detector row sees one slice, so gain errors, constant over the angles, become rings; they reach over a few slices,
+    as dust on a scintillator does. Infinite `Scanner.photons` mean no noise. `progress(done, total)` counts slices.
     """
     rng = np.random.default_rng([seed, 1])
     depth = len(attenuation)
     beam = ParallelBeam((attenuation.shape[1], attenuation.shape[2]), scanner.angles)
-    gain = rng.standard_normal((depth, beam.bins), np.float32)
-    gain = ndimage.gaussian_filter1d(gain, 1.5, axis=0, mode="wrap", truncate=3.0)
-    gain = (1 + scanner.gain_error * gain / gain.std()).T[None]
+    gain = ndimage.gaussian_filter1d(
+        rng.standard_normal((depth, beam.bins), np.float32), 2.0, axis=0, mode="wrap", truncate=3.0
+    )
+    gain = gain * np.abs(gain)  # Heavy tails: most bins are well calibrated, a few make the rings that one sees.
+    gain = np.exp(scanner.gain_error * gain / gain.std()).T[None]
     blurred = ndimage.gaussian_filter(attenuation, scanner.blur, truncate=3.0) if scanner.blur else attenuation
     result = np.empty_like(attenuation)
-    if progress is not None:
-        progress(0, depth)
     for start in range(0, depth, _BATCH):
         stop = min(start + _BATCH, depth)
         lines = beam.project(blurred[start:stop])
@@ -247,14 +258,16 @@ def scan(attenuation: F32, seed: int, scanner: Scanner, progress: Progress | Non
 def make_phantom(
     shape: tuple[int, int, int] = (128, 192, 192),
     seed: int = 0,
-    electrode: Electrode = Electrode(),
-    scanner: Scanner = Scanner(),
+    electrode: Electrode = ELECTRODE,
+    scanner: Scanner = SCANNER,
     progress: Progress | None = None,
 ) -> Phantom:
-    """The phantom of `make demo`: the same arguments give the same voxels. `progress(done, total)` counts scanned slices.
+    """The phantom of `make demo`; the same arguments give the same voxels. `progress(done, total)` counts slices.
 
     Grey values are stretched over uint16 by one range for the whole volume, from its 0.05th to its 99.95th percentile.
     """
+    if progress is not None:
+        progress(0, shape[0])
     labels, attenuation = build_electrode(shape, seed, electrode)
     grey = scan(attenuation, seed, scanner, progress)
     low, high = np.percentile(grey, [0.05, 99.95])
@@ -263,9 +276,9 @@ def make_phantom(
 
 
 def multi_otsu(image: NDArray[Any], classes: int) -> NDArray[np.float64]:
-    """The `classes - 1` thresholds of most between-class variance over a 256-bin histogram: Liao, Chen and Chung (2001).
+    """The `classes - 1` thresholds of greatest between-class variance over a 256-bin histogram (Liao et al., 2001).
 
-    Found by dynamic programming over the bins, which is exact; a value above a threshold belongs to the next class.
+    Found by dynamic programming over the bins, which is exact; a threshold itself belongs to the class above it.
     """
     counts, edges = np.histogram(image, bins=256)
     centres = (edges[:-1] + edges[1:]) / 2
@@ -282,7 +295,7 @@ def multi_otsu(image: NDArray[Any], classes: int) -> NDArray[np.float64]:
     for cut in reversed(cuts):
         at = int(cut[at])
         bins.append(at)
-    return np.asarray(centres[np.array(bins[::-1]) - 1])
+    return np.asarray(edges[bins[::-1]])
 
 
 def mean_foreground_dice(prediction: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -297,7 +310,7 @@ def mean_foreground_dice(prediction: NDArray[Any], truth: NDArray[Any]) -> float
 
 
 def multi_otsu_dice(phantom: Phantom) -> float:
-    """Mean foreground Dice of thresholding the grey values of the whole volume: what segmentation costs without a network."""
+    """Mean foreground Dice of thresholding the grey values of the whole volume: what one gets without a network."""
     thresholds = multi_otsu(phantom.image, len(ATTENUATION_ORDER))
-    ranks = np.searchsorted(thresholds, phantom.image)
+    ranks = np.searchsorted(thresholds, phantom.image, side="right")
     return mean_foreground_dice(np.array(ATTENUATION_ORDER, np.uint8)[ranks], phantom.labels)

@@ -104,7 +104,8 @@ def _parse_range(part: str, size: int, axis: str, text: str) -> tuple[int, int]:
     head, colon, tail = part.partition(":")
     try:
         start = int(head) if head else 0
-        stop = (int(tail) if tail else size) if colon else start + 1
+        # A single -1 is the last voxel: its stop is the end, not 0.
+        stop = (int(tail) if tail else size) if colon else (start + 1 or size)
     except ValueError:
         raise SpecError(f"region {text!r}: {part!r} is no range on axis {axis}: write start:stop or :") from None
     if not colon and not head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Accumulator:
 
     def _weight(self, index: Triple, source: tuple[slice, slice, slice]) -> Tensor:
         z, y, x = (
-            torch.from_numpy(axis_weights(axis, i, self._window)[part]).to(self._device, torch.float32)
+            torch.from_numpy(axis_weights(axis, i, self._window)[part].astype(np.float32)).to(self._device)
             for axis, i, part in zip(self._lattice.axes, index, source, strict=True)
         )
         return ((z * float(ONE))[:, None] * y)[:, :, None] * x

@@ -107,7 +107,8 @@ class BlockProcessor:
 
     @torch.inference_mode()
     def _compute(self, box: Box, raw: _Raw) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
-        started, before = time.perf_counter(), self._predictor.forwards
+        started = time.perf_counter()
+        before, seconds = self._predictor.forwards, self._predictor.seconds
         plan = self._plan
         voxels = torch.from_numpy(_native(raw.voxels)).to(self._device)
         accumulator = Accumulator(raw.wanted, plan.lattice, self._spec.blend, self._predictor.sums, self._device)
@@ -122,6 +123,7 @@ class BlockProcessor:
             labels = labels.astype(np.uint16)
         probabilities = accumulator.probabilities().cpu().numpy() if self._probabilities else None
         raw.stats["forwards"] = self._predictor.forwards - before
+        raw.stats["forward_seconds"] = self._predictor.seconds - seconds
         raw.stats["compute_seconds"] = time.perf_counter() - started
         return _embed(labels, raw.wanted, box), None if probabilities is None else _embed(probabilities, raw.wanted, box)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from volseg.errors import NonFiniteError
 from volseg.geometry import AXES, Triple
+from volseg.inference.onednn import use_onednn
 from volseg.models.fold import fold_batch_norm
 from volseg.models.manifest import BundleManifest
 
@@ -34,6 +36,8 @@ class Predictor:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         layout = torch.channels_last if manifest.config.dims == 2 else torch.channels_last_3d
         network = fold_batch_norm(network.eval()).to(device=device, dtype=self._dtype)
+        if device.type == "cpu":
+            network = use_onednn(network)
         self._network = network.to(memory_format=layout)
         scaling = manifest.scaling
         columns = (scaling.low, scaling.high, scaling.mean, [1.0 / s for s in scaling.std])
@@ -42,6 +46,8 @@ class Predictor:
         )
         self.batch = batch
         self.forwards = 0
+        self.seconds = 0.0
+        """Time spent in forwards, activation included."""
         self._input = torch.zeros((batch, scaling.channels, *patch), dtype=torch.float32, device=device)
 
     @torch.inference_mode()
@@ -55,7 +61,9 @@ class Predictor:
             for place, raw in zip(self._input, group, strict=False):
                 torch.clamp(raw.to(torch.float32), self._low, self._high, out=place)
                 place.sub_(self._mean).mul_(self._inverse_std)
+            started = time.perf_counter()
             probabilities = self._activate(self._forward())
+            self.seconds += time.perf_counter() - started
             self.forwards += len(group)
             yield from probabilities[: len(group)]
 

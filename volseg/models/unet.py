@@ -34,7 +34,15 @@ def _activation(config: UNetConfig) -> nn.Module:
         return nn.ReLU(inplace=True)
     if config.activation == "leaky_relu":
         return nn.LeakyReLU(0.01, inplace=True)
-    return nn.SiLU()
+    return SiLU()
+
+
+class SiLU(nn.Module):
+    """x * sigmoid(x), in place where no gradient needs the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to itself."""
+        return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class Stage(nn.Module):

@@ -25,7 +25,6 @@ UNITS: dict[str, float] = {
     "parsec": 3.0856775814913673e16, "petameter": 1e15, "picometer": 1e-12, "terameter": 1e12, "yard": 0.9144,
     "yoctometer": 1e-24, "yottameter": 1e24, "zeptometer": 1e-21, "zettameter": 1e21,
 }  # fmt: skip
-SYMBOLS = {"angstrom": "Å", "nanometer": "nm", "micrometer": "µm", "millimeter": "mm", "centimeter": "cm", "meter": "m"}
 _ALIASES = {"å": "angstrom", "nm": "nanometer", "um": "micrometer", "µm": "micrometer", "μm": "micrometer",
             "micron": "micrometer", "mm": "millimeter", "cm": "centimeter", "m": "meter"}  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""The `volseg` command: thin over the Python interface, one module a concern."""

@@ -1,0 +1,133 @@
+"""Options from a spec: one pydantic model gives the flags, their help, and the check of YAML and --set."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from volseg.errors import SpecError, nearest
+from volseg.spec import Spec
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises SpecError instead of ending the process, and hints at the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise SpecError with what is wrong and where to read on."""
+        raise SpecError(f"{message}: see '{self.prog} --help'")
+
+
+def parse(parser: Parser, commands: dict[str, Parser], words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; an unknown option is refused with the nearest right name."""
+    arguments, rest = parser.parse_known_args(words)
+    if rest:
+        command = commands.get(getattr(arguments, "command", None) or "", parser)
+        known = [option for action in command._actions for option in action.option_strings]
+        word = next((w for w in rest if w.startswith("-")), rest[0])
+        raise SpecError(
+            f"unknown argument {word!r}{nearest(word.split('=')[0], known)}; nothing was done: see '{command.prog} --help'"
+        )
+    return arguments
+
+
+def add_spec_options(parser: Parser, model: type[Spec], positional: Sequence[str] = ()) -> None:
+    """Add one option a field of `model`; `positional` ones come first and may come from the spec file instead."""
+    for name in positional:
+        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, metavar=name.upper(), help=_help(model, name))
+    for name, field in model.model_fields.items():
+        if name in positional:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            parser.add_argument(
+                flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_help(model, name)
+            )
+        else:
+            parser.add_argument(
+                flag, dest=name, default=argparse.SUPPRESS, metavar=_metavar(field), help=_help(model, name)
+            )
+    parser.add_argument(
+        "--spec", metavar="FILE", help="YAML file with any of these options, underscores in their names; flags win over it"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
+        help="set one field of the spec, as YAML; may be given several times and wins over everything",
+    )  # fmt: skip
+
+
+def read_spec(arguments: argparse.Namespace, model: type[SpecT]) -> SpecT:
+    """Merge file, flags and assignments into a checked spec; raises SpecError."""
+    values = _load_yaml(arguments.spec) if arguments.spec else {}
+    values |= {name: value for name, value in vars(arguments).items() if name in model.model_fields}
+    for text in arguments.assignments:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise SpecError(f"--set {text!r} has no value: write --set key=value")
+        _assign(values, key.strip().split("."), _parse_value(text, value))
+    missing = [name for name, field in model.model_fields.items() if field.is_required() and name not in values]
+    if missing:
+        raise SpecError(f"{', '.join(m.upper() for m in missing)} must be given, as an argument or in the spec file")
+    return model.read(values)
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"spec {path} cannot be read ({error.strerror}); nothing was done: check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise SpecError(f"spec {path} is no YAML ({reason}); nothing was done: correct it") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise SpecError(f"spec {path} must hold 'option: value' lines; nothing was done: see 'volseg segment --help'")
+    return content
+
+
+def _parse_value(text: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SpecError(f"--set {text!r}: the value is no YAML: quote it") from None
+
+
+def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise SpecError(f"--set {'.'.join(path)}: {part!r} is no group of options: leave out the dot")
+        values = inner
+    values[path[-1]] = value
+
+
+def _help(model: type[Spec], name: str) -> str:
+    field = model.model_fields[name]
+    text = field.description or ""
+    if field.default is not None and not field.is_required() and field.annotation is not bool:
+        text += f" [default: {field.default}]"
+    return text.replace("%", "%%")
+
+
+def _metavar(field: FieldInfo) -> str:
+    choices: list[str] = []
+    for option in _union(field.annotation):
+        if str(get_origin(option)) == "typing.Literal":
+            choices += [str(choice) for choice in get_args(option)]
+        elif get_origin(option) is tuple:
+            return "LIST" if Ellipsis in get_args(option) else "Z,Y,X"
+        elif option in {int, float}:
+            return "N" if option is int else "F"
+    return "{" + ",".join(choices) + "}" if choices else "TEXT"
+
+
+def _union(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) in {Union, types.UnionType}:
+        return tuple(a for a in get_args(annotation) if a is not type(None))
+    return (annotation,)

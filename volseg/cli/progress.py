@@ -1,0 +1,103 @@
+"""Progress on stderr: bars on a terminal, plain lines elsewhere, so that stdout stays free for the result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_PLAIN_SECONDS = 10.0
+
+
+class ProgressLine:
+    """One counted task: call `update` as often as you like; `extra` is a short text such as a rate."""
+
+    def __init__(self, title: str, unit: str = "") -> None:
+        self._title, self._unit = title, unit
+        self._console = Console(stderr=True)
+        self._rich: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = self._printed = time.monotonic()
+        self._last = ""
+
+    def __enter__(self) -> ProgressLine:
+        """Show the bar."""
+        if self._console.is_terminal:
+            self._rich = Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn(self._unit), TextColumn("{task.fields[extra]}"), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), console=self._console, transient=False,
+            )  # fmt: skip
+            self._rich.start()
+            self._task = self._rich.add_task(self._title, total=None, extra="")
+        return self
+
+    def update(self, done: int, total: int, extra: str = "") -> None:
+        """Show that `done` of `total` is reached."""
+        if self._rich is not None and self._task is not None:
+            self._rich.update(self._task, completed=done, total=total, extra=extra)
+            return
+        now = time.monotonic()
+        ended = done >= total
+        if now - self._printed < _PLAIN_SECONDS and not ended:
+            return
+        elapsed = now - self._started
+        left = f", about {clock(elapsed / done * (total - done))} left" if done and not ended else ""
+        line = " ".join(filter(None, [f"{self._title}: {done}/{total}", self._unit, extra]))
+        if line != self._last:
+            print(f"{line}, {clock(elapsed)}{left}", file=sys.stderr, flush=True)
+            self._printed, self._last = now, line
+
+    def note(self, text: str) -> None:
+        """Print a line worth keeping above the bar."""
+        if self._rich is not None:
+            self._rich.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bar as it stands."""
+        if self._rich is not None:
+            self._rich.stop()
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as 42 s, 3:05 min or 2:10 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """Write a large number with k, M, G or T."""
+    for sign in ("", "k", "M", "G"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {sign}{unit}".rstrip()
+        value /= 1000
+    return f"{value:.3g} T{unit}"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes in KiB, MiB, GiB or TiB."""
+    for sign in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.3g} {sign}" if count < 100 else f"{count:.0f} {sign}"
+        count /= 1024
+    return f"{count:.3g} TiB"

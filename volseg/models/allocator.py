@@ -1,0 +1,54 @@
+"""Settings of glibc's allocator that forwards on a CPU depend on: up to twice the speed, and foreseeable memory.
+
+By default every large tensor is mapped afresh, and its pages are zeroed when first touched, on every use. With freed
+memory kept for reuse that cost is gone, but small objects that live on must not settle in the gaps between tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_KEEP = 2**31 - 1
+_MAP_ABOVE = 128 * 1024
+
+
+def keep_freed_memory() -> bool:
+    """Make this process keep freed memory of any size for reuse; return whether the system lets it.
+
+    Does what ``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` do in the environment of a new process.
+    """
+    return _set(_M_MMAP_THRESHOLD, _KEEP) and _set(_M_TRIM_THRESHOLD, _KEEP)
+
+
+@contextmanager
+def large_blocks_mapped() -> Iterator[None]:
+    """Map large blocks one by one inside, keep freed memory afterwards.
+
+    A first forward belongs in here: what oneDNN keeps for good then lies together, not between two tensors, and the
+    heap of later forwards stays the same from one to the next.
+    """
+    _set(_M_MMAP_THRESHOLD, _MAP_ABOVE)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
+
+
+def _set(option: int, value: int) -> bool:
+    mallopt = _mallopt()
+    return mallopt is not None and mallopt(option, value) == 1
+
+
+@cache
+def _mallopt() -> ctypes._NamedFuncPointer | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    # musl has no mallopt.
+    return getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,0 +1,1 @@
+"""Training: from labelled regions of a volume to a bundle."""
