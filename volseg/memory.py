@@ -22,7 +22,7 @@ _MIB = 1 << 20
 
 # Python, torch and zarr, in an actor Ray too: resident memory of a worker that has not read a voxel yet, as measured.
 BASELINE_SERIAL = 290 * _MIB
-BASELINE_ACTOR = 400 * _MIB
+BASELINE_ACTOR = 325 * _MIB
 # What the allocator keeps beyond the live bytes: freed pieces stay mapped, because mapping them anew costs more time.
 _ALLOCATOR_SHARE = 0.06
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import Any
 
 from volseg.cli import show
 from volseg.cli.options import read_spec
 from volseg.cli.progress import ProgressLine, quantity
-from volseg.errors import InputError
+from volseg.errors import InputError, JobError
 from volseg.spec import SegmentSpec, TrainSpec, parse_floats, parse_triple
 
 Result = tuple[dict[str, Any], str, int]
@@ -107,10 +108,18 @@ def run_overlay(arguments: argparse.Namespace) -> Result:
 
 def run_demo(arguments: argparse.Namespace) -> Result:
     """`volseg demo`."""
-    from volseg.demo.run import run_demo as run
+    from volseg.cli.main import execute
+    from volseg.demo import run
 
-    result = run(arguments.folder, max_minutes=arguments.max_minutes, seed=arguments.seed)
-    return result, show.demonstrated(result), 0
+    def command(words: list[str]) -> dict[str, Any]:
+        document, text, code = execute(words)
+        print(text, file=sys.stderr, flush=True)
+        if code:
+            raise JobError(f"the demo stopped: volseg {words[0]} ended with exit code {code}")
+        return document
+
+    result = run.run_demo(arguments.folder, command, max_minutes=arguments.max_minutes, seed=arguments.seed)
+    return result, run.summary(result), 0
 
 
 def _triple(text: str | None, option: str) -> tuple[int, int, int] | None:

@@ -33,13 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     wants_json = "--json" in (sys.argv[1:] if words is None else words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        parser, known = build_parser()
-        arguments = parse(parser, known, words)
-        if arguments.command is None:
-            parser.print_help()
-            return 0
-        run: Callable[[Any], commands.Result] = arguments.run
-        document, text, code = run(arguments)
+        document, text, code = execute(words)
     except VolsegError as error:
         return _fail(str(error), error.exit_code, wants_json, getattr(error, "report", None))
     except KeyboardInterrupt:
@@ -56,6 +50,16 @@ def main(words: Sequence[str] | None = None) -> int:
         return _fail(f"unexpected {reason}; this is a bug of volseg: VOLSEG_DEBUG=1 shows where", 4, wants_json)
     print(json.dumps(document) if wants_json else text)
     return code
+
+
+def execute(words: Sequence[str] | None) -> commands.Result:
+    """Parse and run one command; return its JSON document, its text for people and its exit code."""
+    parser, known = build_parser()
+    arguments = parse(parser, known, words)
+    if arguments.command is None:
+        return {}, parser.format_help(), 0
+    run: Callable[[Any], commands.Result] = arguments.run
+    return run(arguments)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

@@ -86,11 +86,6 @@ def trained(result: dict[str, Any]) -> str:
     return table(result)
 
 
-def demonstrated(result: dict[str, Any]) -> str:
-    """Write what the demo showed."""
-    return table(result)
-
-
 class TrainingLine:
     """Shows the progress of a training."""
 

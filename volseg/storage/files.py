@@ -10,6 +10,8 @@ import errno
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +19,8 @@ from urllib.parse import urlsplit
 import fsspec
 
 from volseg.errors import StorageDeniedError, StorageFullError, VolsegError
+
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def is_local(uri: str) -> bool:
@@ -57,40 +61,47 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    try:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises StorageFullError and StorageDeniedError.
+    """
+    with _translated(uri):
         if is_local(uri):
             path = local_path(uri)
-            temporary = _write_temporary(path, data)
-            os.replace(temporary, path)
+            with _temporary(path, data) as temporary:
+                temporary.replace(path)
         else:
             fs, path_ = _remote(uri)
             fs.pipe_file(path_, data)
-    except OSError as error:
-        raise storage_error(error, uri) or error from error
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file only where none is; return whether this call created it."""
-    try:
-        if is_local(uri):
-            path = local_path(uri)
-            temporary = _write_temporary(path, data)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            finally:
-                temporary.unlink()
-            return True
-        fs, path_ = _remote(uri)
+    """Write a file only where none is; return whether this call created it.
+
+    Raises StorageFullError and StorageDeniedError.
+    """
+    with _translated(uri):
         try:
-            fs.pipe_file(path_, data, mode="create")
+            if is_local(uri):
+                _create_local(local_path(uri), data)
+            else:
+                fs, path = _remote(uri)
+                fs.pipe_file(path, data, mode="create")
         except FileExistsError:
             return False
         return True
-    except OSError as error:
-        raise storage_error(error, uri) or error from error
+
+
+def _create_local(path: Path, data: bytes) -> None:
+    with _temporary(path, data) as temporary:
+        try:
+            path.hardlink_to(temporary)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            # FAT and some network drives: one creator wins here, too, but a reader may come before the content.
+            with path.open("xb") as file:
+                file.write(data)
 
 
 def exists(uri: str) -> bool:
@@ -142,15 +153,27 @@ def remove(uri: str) -> None:
         fs.rm(path_, recursive=True)
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
+@contextmanager
+def _translated(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        general = storage_error(error, uri)
+        if general is None:
+            raise
+        raise general from error
+
+
+@contextmanager
+def _temporary(path: Path, data: bytes) -> Iterator[Path]:
+    """Write `data` beside `path` under a name of its own, which is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(data)
-    except OSError:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    return temporary
 
 
 def _remote(uri: str) -> tuple[Any, str]:

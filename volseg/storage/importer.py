@@ -128,6 +128,7 @@ def _copy(
         for k in range(stop - start):
             digest.update(np.ascontiguousarray(slab[:, k], dtype=volume.dtype.newbyteorder("<")).data)
         writer.write(Box((start, 0, 0), (stop, height, width)), slab)
+        del slab  # or two would be held while the next one is read
         if progress is not None:
             progress(stop, stack.shape[0])
     summary: dict[str, Any] = {"content": f"sha256:{digest.hexdigest()}"}

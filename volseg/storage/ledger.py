@@ -9,8 +9,8 @@
 - ``receipts/00001-000000.jsonl``  create-only segments, named by attempt and number
 - ``report.json``      the result of the last finished attempt
 
-A receipt is what makes a block done; the presence of a chunk proves nothing. A crash loses the receipts of a few seconds,
-and computing those blocks again gives the same voxels, so a late or doubled writer does no harm.
+A receipt is what makes a block done; the presence of a chunk proves nothing. A crash loses the receipts of a few
+seconds, and computing those blocks again gives the same voxels, so a late or doubled writer does no harm.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from volseg.errors import JobError
 from volseg.storage import files
 
 Json = dict[str, Any]
@@ -35,6 +36,9 @@ FLUSH_SECONDS = 2.0
 HEARTBEAT_SECONDS = 3.0
 STALE_SECONDS = 45.0
 """A driver on another machine counts as dead when its heartbeat is older."""
+
+_DRIVEN_HERE: set[tuple[str, int]] = set()
+"""Ledgers and attempts that this process drives now: a process that lives on may have left a job long ago."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Ledger:
         if not files.create_bytes(files.join(self.path, "attempts", f"{last + 1:05d}.json"), _dump(record)):
             return False
         self.attempt = last + 1
+        _DRIVEN_HERE.add((self.path, self.attempt))
         return True
 
     def driver(self) -> Json | None:
@@ -108,7 +113,9 @@ class Ledger:
         if beat is not None and beat.get("attempt") == attempt:
             record["time"] = beat["time"]
         me = _whoami()
-        if (record["host"], record["boot"]) == (me["host"], me["boot"]):
+        if all(record[name] == me[name] for name in me):
+            alive = (self.path, attempt) in _DRIVEN_HERE
+        elif (record["host"], record["boot"]) == (me["host"], me["boot"]):
             alive = _started(record["pid"]) == record["started"]
         else:
             alive = time.time() - record["time"] < STALE_SECONDS
@@ -130,13 +137,19 @@ class Ledger:
         self._waiting.append(receipt)
 
     def tick(self, progress: Mapping[str, Any], *, force: bool = False) -> None:
-        """Flush receipts and heartbeat where they are due; the driver calls this at least once a second."""
+        """Flush receipts and heartbeat where they are due; the driver calls this at least once a second.
+
+        Raises JobError; receipts that could not be written wait for the next call.
+        """
         now = time.monotonic()
         if self._waiting and (force or now - self._flushed >= FLUSH_SECONDS):
             name = f"{self.attempt:05d}-{self._segment:06d}.jsonl"
             lines = b"".join(_dump(asdict(receipt)) + b"\n" for receipt in self._waiting)
             if not files.create_bytes(files.join(self.path, "receipts", name), lines):
-                raise FileExistsError(f"{name} in {self.path}: another driver uses this attempt's number")
+                raise JobError(
+                    f"receipts {name} are in {self.path} already: another process drives this job under the same number, "
+                    "so this one stopped: run the same command again"
+                )
             self._segment += 1
             self._waiting.clear()
             self._flushed = now
@@ -152,6 +165,7 @@ class Ledger:
 
     def end(self, report: Json | None) -> None:
         """Say that this driver stopped by itself, with its report where the job came to an end."""
+        _DRIVEN_HERE.discard((self.path, self.attempt))
         if report is not None:
             files.write_bytes(files.join(self.path, "report.json"), _dump(report))
         files.write_bytes(files.join(self.path, "ended", f"{self.attempt:05d}.json"), _dump({"time": time.time()}))
@@ -174,12 +188,20 @@ def _dump(content: Mapping[str, Any]) -> bytes:
 
 @lru_cache(maxsize=1)
 def _boot() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
+    """Name what makes process numbers comparable: this start of the machine, and the container's own numbering."""
+    boot, numbering = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{boot.read_text().strip()} {numbering.readlink()}" if boot.exists() and numbering.is_symlink() else ""
 
 
 def _started(pid: int) -> float | None:
     """Return when a process started, so that a reused pid is not taken for it; None where there is none."""
+    if Path("/proc/self/stat").exists():
+        # In ticks since the machine's start, field 22: unlike a time of day, it stays when the clock is set.
+        try:
+            state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if state in {b"Z", b"X"} else float(fields[18])
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())

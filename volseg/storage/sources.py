@@ -20,6 +20,7 @@ from volseg.geometry.box import Triple
 from volseg.storage import files, nodes, tiff
 
 PNG = (".png",)
+MAPPED_SLICES = 8
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,18 @@ def _npy(path: Path) -> Source:
     z, y, x = (1, *array.shape) if planar else array.shape[-3:]
     dtype = array.dtype.newbyteorder("=")
     channels = array.shape[0] if array.ndim == 4 else None
+    slices_in_order = array.flags.c_contiguous
     del array
 
     def read(start: int, stop: int) -> NDArray[Any]:
-        # Mapped anew for each slab, so that pages of the file do not pile up in memory.
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        part = mapped[None] if planar else mapped[..., start:stop, :, :]
-        return np.array(part, dtype, order="C").reshape(channels or 1, stop - start, y, x)
+        slab = np.empty((channels or 1, stop - start, y, x), dtype)
+        step = MAPPED_SLICES if slices_in_order else stop - start
+        for k in range(start, stop, step):
+            # Mapped anew each time, so that pages of the file do not pile up in memory.
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            end = min(k + step, stop)
+            slab[:, k - start : end - start] = mapped[None] if planar else mapped[..., k:end, :, :]
+        return slab
 
     return Source((z, y, x), channels, dtype, read)
 
