@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from volseg.analysis.evaluate import evaluate
+from volseg.analysis.overlay import overlay
 from volseg.errors import JobPartial
 from volseg.execution.driver import Note, Reporter
 from volseg.execution.events import Executor
@@ -15,17 +17,18 @@ from volseg.execution.segment import run_job
 from volseg.execution.serial import LocalWorker, SerialExecutor
 from volseg.execution.verify import verify
 from volseg.geometry import Triple
-from volseg.spec import SegmentSpec
+from volseg.spec import SegmentSpec, TrainSpec
+from volseg.storage.importer import import_volume
 
-__all__ = ["plan", "run_segment", "segment", "verify"]
+__all__ = ["evaluate", "import_volume", "overlay", "plan", "run_plan", "run_segment", "segment", "train", "verify"]
 
 
 def segment(input: str, output: str, *, model: str, **options: Any) -> dict[str, Any]:  # noqa: A002 - the option's name
     """Segment the volume at `input` into an OME-Zarr label volume at `output` and return the report.
 
-    `options` are the fields of `volseg.spec.SegmentSpec`, such as ``workers=2, overlap=0.25``. The report's ``status`` is
-    ``complete``. Raises JobPartial (with the report as `report`) where blocks had to be set aside, InputError where what
-    was asked for is wrong, JobError where the job cannot go on; the same call resumes.
+    `options` are the fields of `volseg.spec.SegmentSpec`, such as ``workers=2, overlap=0.25``. The report's ``status``
+    is ``complete``. Raises JobPartial (with the report as `report`) where blocks had to be set aside, InputError where
+    what was asked for is wrong, JobError where the job cannot go on; the same call resumes.
     """
     report = run_segment(SegmentSpec.read({"input": input, "output": output, "model": model, **options}))
     if report["status"] != "complete":
@@ -33,16 +36,32 @@ def segment(input: str, output: str, *, model: str, **options: Any) -> dict[str,
     return report
 
 
+def train(image: str, labels: str, out: str, **options: Any) -> dict[str, Any]:
+    """Train a network on labelled regions, write its bundle to `out` and return the result.
+
+    `options` are the fields of `volseg.spec.TrainSpec`, such as ``dims=2, train_roi="0:14,:,:"``. The same call resumes
+    an interrupted training. Raises InputError where something is wrong with the data or the options.
+    """
+    from volseg.training.train import train as run_training
+
+    return run_training(TrainSpec.read({"image": image, "labels": labels, "out": out, **options})).as_dict()
+
+
 def partial_message(report: dict[str, Any]) -> str:
     """Say in one line which blocks a job set aside, why, and what to do."""
     failed = report["failed_blocks"]
     return (
-        f"{len(failed)} of {report['blocks']['total']} blocks were set aside, the first is block {failed[0]['block']} at "
-        f"{failed[0]['box']}: {failed[0]['error']}; the output stays incomplete: mend the cause and run the same again"
+        f"{len(failed)} of {report['blocks']['total']} blocks were set aside, the first is block {failed[0]['block']} "
+        f"at {failed[0]['box']}: {failed[0]['error']}; the output stays incomplete: mend the cause and run the same again"
     )
 
 
-def plan(spec: SegmentSpec) -> dict[str, Any]:
+def plan(input: str, output: str, *, model: str, **options: Any) -> dict[str, Any]:  # noqa: A002 - the option's name
+    """Return what `segment` with the same arguments would cost; raises InputError where it would be refused."""
+    return run_plan(SegmentSpec.read({"input": input, "output": output, "model": model, **options}))
+
+
+def run_plan(spec: SegmentSpec) -> dict[str, Any]:
     """Return what a segmentation would cost, as plain values; raises InputError where it would be refused."""
     with _composer(spec) as composer:
         job = composer.prepare()

@@ -56,9 +56,7 @@ def choose_block(
 
 def smallest_block(lattice: PatchLattice, unit: Triple | None = None) -> Triple:
     """Return the smallest block that `choose_block` considers."""
-    z, y, x = (
-        min(_sides(axis.size, axis.stride, unit[i] if unit else None)) for i, axis in enumerate(lattice.axes)
-    )
+    z, y, x = (min(_sides(axis.size, axis.stride, unit[i] if unit else None)) for i, axis in enumerate(lattice.axes))
     return z, y, x
 
 

@@ -1,4 +1,4 @@
-"""A worker's peak memory, predicted from plain values: it depends on block, patch, classes and batch, never on the volume.
+"""A worker's peak memory, from plain values: it depends on block, patch, classes and batch, never on the volume.
 
 Every term is a product that can be checked by hand; `tests` compare the sum with the measured peak of real workers.
 """

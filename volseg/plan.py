@@ -154,8 +154,16 @@ def make_plan(
     def memory_of(candidate: Triple) -> MemoryEstimate:
         return predict(_cost(candidate, lattice, region, volume, model, batch, spec.probabilities), resources.baseline)
 
-    chosen = block or spec.block or choose_block(
-        lattice, region, resources.workers, lambda b: memory_of(b).total <= resources.memory, spec.shards or spec.chunks
+    chosen = (
+        block
+        or spec.block
+        or choose_block(
+            lattice,
+            region,
+            resources.workers,
+            lambda b: memory_of(b).total <= resources.memory,
+            spec.shards or spec.chunks,
+        )
     )
     if chosen is None:
         smallest = memory_of(smallest_block(lattice, spec.shards or spec.chunks)).total
@@ -166,9 +174,15 @@ def make_plan(
     memory = memory_of(chosen)
     if memory.total > resources.memory and block is None:
         fits = choose_block(
-            lattice, region, resources.workers, lambda b: memory_of(b).total <= resources.memory, spec.shards or spec.chunks
+            lattice,
+            region,
+            resources.workers,
+            lambda b: memory_of(b).total <= resources.memory,
+            spec.shards or spec.chunks,
         )
-        advice = f"--block {','.join(map(str, fits))} would fit, or" if fits else "use a smaller --patch and --block, or"
+        advice = (
+            f"--block {','.join(map(str, fits))} would fit, or" if fits else "use a smaller --patch and --block, or"
+        )
         raise PlanError(
             f"block {list(chosen)} needs {memory.total / GIB:.2f} GiB a worker, the limit is "
             f"{resources.memory / GIB:.2f} GiB; nothing was done: {advice} --memory {_ceil2(memory.total / GIB)}"
@@ -248,7 +262,10 @@ def _cost(
     probabilities: bool,
 ) -> BlockCost:  # fmt: skip
     largest, reach = zip(
-        *(_widest(a, b, low, high) for a, b, low, high in zip(lattice.axes, block, region.start, region.stop, strict=True)),
+        *(
+            _widest(a, b, low, high)
+            for a, b, low, high in zip(lattice.axes, block, region.start, region.stop, strict=True)
+        ),
         strict=True,
     )
     return BlockCost(

@@ -25,8 +25,10 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise SpecError("; ".join(_explain(cls, e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors())
-                            + "; nothing was done") from None
+            raise SpecError(
+                "; ".join(_explain(cls, e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors())
+                + "; nothing was done"
+            ) from None
 
 
 def _explain(cls: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
@@ -88,7 +90,10 @@ class SegmentSpec(Spec):
     )
     roi: str | None = Field(None, description="region to segment, z,y,x ranges such as 0:14,:,: [default: everything]")
     threshold: float | None = Field(
-        None, gt=0.0, lt=1.0, description="probability above which class 1 wins, two classes only [default: the bundle's]"
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="probability above which class 1 wins, two classes only [default: the bundle's]",
     )
     probabilities: bool = Field(False, description="write uint8 probabilities of every class, too")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network")
@@ -129,17 +134,28 @@ class TrainSpec(Spec):
     train_roi: str = Field(":,:,:", description="region to train on, z,y,x ranges such as 0:14,:,:")
     val_roi: str | None = Field(None, description="region to validate on, apart from --train-roi [default: none]")
     classes: tuple[str, ...] | None = Field(
-        None, description="class names from 0 on, comma-separated [default: those of the labels, else class 0, class 1 ...]"
+        None,
+        description="class names from 0 on, comma-separated [default: those of the labels, else class 0, class 1 ...]",
     )
     ignore: int = Field(255, ge=0, description="label value that means unlabelled")
     patch: Triple | None = Field(None, description="patch z,y,x in voxels [default: planned]")
-    batch: int = Field(4, ge=1, le=1024, description="patches a step")
+    batch: int | None = Field(None, ge=1, le=1024, description="patches a step [default: planned]")
     widths: tuple[int, ...] | None = Field(None, description="channels a level, e.g. 16,32,64,128 [default: planned]")
+    pools: tuple[Triple, ...] | None = Field(
+        None, description="pooling factors z,y,x between the levels, e.g. '1,2,2;2,2,2' [default: planned]"
+    )
+    convs: int = Field(2, ge=1, le=8, description="convolutions a level")
+    activation: Literal["relu", "leaky_relu", "silu"] = Field("relu", description="activation function")
+    up: Literal["transpose", "nearest"] = Field("transpose", description="upsampling: learnt or nearest neighbour")
     norm: Literal["batch", "instance", "group", "none"] = Field("batch", description="normalisation layers")
     residual: bool = Field(True, description="residual connections around the convolutions of a level")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout probability at each level")
     learning_rate: float = Field(2e-3, gt=0.0, le=1.0, description="peak learning rate of AdamW")
     weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="weight decay of AdamW")
+    augment: bool = Field(True, description="change the training patches at random: shape, grey values, noise")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="arithmetic of the training steps; auto: bf16 where the processor has it"
+    )
     max_steps: int = Field(10_000, ge=1, description="optimiser steps at most")
     max_minutes: float | None = Field(None, gt=0.0, description="wall-clock limit in minutes, validation included")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
@@ -152,6 +168,11 @@ class TrainSpec(Spec):
     @classmethod
     def _patch_text(cls, value: object) -> object:
         return parse_triple(value)
+
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _pools_text(cls, value: object) -> object:
+        return tuple(parse_triple(part) for part in value.split(";")) if isinstance(value, str) else value
 
     @field_validator("dims", mode="before")
     @classmethod

@@ -24,8 +24,8 @@ def run_import(arguments: argparse.Namespace) -> Result:
     with ProgressLine("import", "slices") as line:
         result = import_volume(
             arguments.source, arguments.destination, voxel_size=parse_floats(arguments.voxel_size, "--voxel-size"),
-            unit=arguments.unit, chunks=_triple(arguments.chunks, "--chunks"), shards=_triple(arguments.shards, "--shards"),
-            labels=arguments.labels, class_names=_names(arguments.classes), overwrite=arguments.overwrite,
+            unit=arguments.unit, chunks=_triple(arguments.chunks, "--chunks"),
+            shards=_triple(arguments.shards, "--shards"), labels=arguments.labels, class_names=_names(arguments.classes), overwrite=arguments.overwrite,
             progress=line.update,
         )  # fmt: skip
     return result, show.imported(result), 0
@@ -53,7 +53,7 @@ def run_plan(arguments: argparse.Namespace) -> Result:
     """`volseg plan`."""
     from volseg import api
 
-    result = api.plan(read_spec(arguments, SegmentSpec))
+    result = api.run_plan(read_spec(arguments, SegmentSpec))
     return result, show.planned(result), 0
 
 
@@ -126,9 +126,11 @@ def _triple(text: str | None, option: str) -> tuple[int, int, int] | None:
     if text is None:
         return None
     try:
-        z, y, x = parse_triple(text)  # type: ignore[misc]
-    except (ValueError, TypeError) as error:
+        parsed = parse_triple(text)
+    except ValueError as error:
         raise InputError(f"{option} {text!r}: {error}; nothing was done") from None
+    assert isinstance(parsed, tuple)
+    z, y, x = parsed
     return int(z), int(y), int(x)
 
 

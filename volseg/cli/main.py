@@ -24,7 +24,8 @@ _EPILOG = """examples:
   volseg segment image.zarr result.zarr --model unet --workers 2
   volseg verify result.zarr
 
-Exit codes: 0 done, 2 the input is wrong, 3 partial, 4 failed, 130 interrupted. --json prints one JSON document on stdout.
+Exit codes: 0 done, 2 the input is wrong, 3 partial, 4 failed, 130 interrupted.
+With --json, stdout holds one JSON document and nothing else.
 """
 
 
@@ -42,7 +43,11 @@ def main(words: Sequence[str] | None = None) -> int:
         extra = {"torch": "torch", "ray": "ray", "matplotlib": "plot", "scipy": "demo", "skimage": "demo"}
         package = (error.name or "").partition(".")[0]
         hint = f"pip install 'volseg[{extra[package]}]'" if package in extra else f"install {package}"
-        return _fail(f"this command needs the package {package}, which is not installed: {hint}", InputError.exit_code, wants_json)
+        return _fail(
+            f"this command needs the package {package}, which is not installed: {hint}",
+            InputError.exit_code,
+            wants_json,
+        )
     except Exception as error:
         if os.environ.get("VOLSEG_DEBUG"):
             raise
@@ -132,7 +137,9 @@ def _add_result_commands(command: _Command) -> None:
     add.add_argument("prediction", metavar="PREDICTION", help="label volume to score")
     add.add_argument("truth", metavar="TRUTH", help="label volume to score against")
     add.add_argument("--roi", metavar="RANGES", help="region z,y,x such as 14:17,:,: [default: everything]")
-    add.add_argument("--ignore", metavar="N", type=int, default=255, help="label of the truth to leave out [default: 255]")
+    add.add_argument(
+        "--ignore", metavar="N", type=int, default=255, help="label of the truth to leave out [default: 255]"
+    )
     add = command("overlay", commands.run_overlay, "draw three planes of an image with its labels as a PNG")
     add.add_argument("image", metavar="IMAGE", help="image volume")
     add.add_argument("labels", metavar="LABELS", help="label volume of the same shape")
@@ -152,6 +159,10 @@ def _formatter() -> Any:
 
 def _fail(message: str, code: int, wants_json: bool, report: dict[str, Any] | None = None) -> int:
     if wants_json:
-        print(json.dumps({"status": "error", "error": message, "exit_code": code, **({"report": report} if report else {})}))
+        print(
+            json.dumps(
+                {"status": "error", "error": message, "exit_code": code, **({"report": report} if report else {})}
+            )
+        )
     print(f"volseg: {message}", file=sys.stderr)
     return code

@@ -33,7 +33,7 @@ def parse(parser: Parser, commands: dict[str, Parser], words: Sequence[str] | No
         known = [option for action in command._actions for option in action.option_strings]
         word = next((w for w in rest if w.startswith("-")), rest[0])
         raise SpecError(
-            f"unknown argument {word!r}{nearest(word.split('=')[0], known)}; nothing was done: see '{command.prog} --help'"
+            f"unknown argument {word!r}{nearest(word.split('=')[0], known)}; nothing was done: '{command.prog} --help' lists them"
         )
     return arguments
 
@@ -48,14 +48,20 @@ def add_spec_options(parser: Parser, model: type[Spec], positional: Sequence[str
         flag = "--" + name.replace("_", "-")
         if field.annotation is bool:
             parser.add_argument(
-                flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_help(model, name)
+                flag,
+                dest=name,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=_help(model, name),
             )
         else:
             parser.add_argument(
                 flag, dest=name, default=argparse.SUPPRESS, metavar=_metavar(field), help=_help(model, name)
             )
     parser.add_argument(
-        "--spec", metavar="FILE", help="YAML file with any of these options, underscores in their names; flags win over it"
+        "--spec",
+        metavar="FILE",
+        help="YAML file with any of these options, underscores in their names; flags win over it",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",

@@ -40,7 +40,10 @@ def segmented(report: dict[str, Any]) -> str:
         f"{report['forwards']} forwards in {clock(seconds['wall'])}",
     ]
     lines += [f"  {c['id']:3} {c['name']}: {100 * (c['fraction'] or 0):.2f} %" for c in report["classes"]]
-    for name, text in (("absent_chunks", "absent chunks were read as fill value"), ("nonfinite_filled", "NaN or Inf voxels were filled")):
+    for name, text in (
+        ("absent_chunks", "absent chunks were read as fill value"),
+        ("nonfinite_filled", "NaN or Inf voxels were filled"),
+    ):
         if report[name]:
             lines.append(f"note: {report[name]} {text}")
     return "\n".join(lines)
@@ -55,8 +58,10 @@ def verified(result: dict[str, Any]) -> str:
         lines.append("run the same 'volseg segment' command again to finish it")
     lines += [f"block {d['block']} at {d['box']}: {d['error']}" for d in result["damaged"][:10]]
     if result["damaged"]:
-        lines.append("run the same 'volseg segment' command again: it computes what is absent or has another size; "
-                     "where only --deep finds damage, add nothing and remove the named objects first")
+        lines.append(
+            "run the same 'volseg segment' command again: it computes what is absent or has another size; "
+            "where only --deep finds damage, add nothing and remove the named objects first"
+        )
     return "\n".join(lines)
 
 

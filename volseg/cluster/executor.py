@@ -1,7 +1,7 @@
 """RayExecutor: one actor a GPU or CPU core, two blocks in flight each, dead actors replaced, nothing requeued here.
 
-Ray restarts and retries nothing by itself (``max_restarts=0, max_task_retries=0``): the driver owns both, because only it
-can tell an error of the block from a crash and a crash from a lost node.
+Ray restarts and retries nothing by itself (``max_restarts=0, max_task_retries=0``): the driver owns both, because only
+it can tell an error of the block from a crash and a crash from a lost node.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RayExecutor:
             "max_concurrency": IN_HAND,
             "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
         }
-        actor = ray.remote(SegmentActor).options(**options).remote()
+        actor: Any = ray.remote(SegmentActor).options(**options).remote()
         return _Slot(self._number, actor, actor.start.remote(*self._job))
 
     def _take(self, slot: _Slot, ref: Any, events: list[Event]) -> RayActorError | None:

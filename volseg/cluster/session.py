@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import TracebackType
+from typing import Any
 
 import ray
 
@@ -13,6 +14,11 @@ from volseg.spec import SegmentSpec
 
 _SHARE = 0.9  # of what Ray counts as a machine's memory, which leaves room for Ray itself already
 _EMBEDDED_STORE = 128 << 20  # only receipts travel
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
 
 
 class RaySession:
@@ -30,19 +36,23 @@ class RaySession:
         """
         if ray.is_initialized():
             return self
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         if self._address:
             try:
                 ray.init(address=self._address, **quiet)
             except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
-                    f"no Ray cluster answers at {self._address!r} ({reason}); nothing was done: check the address, or leave "
-                    "it out to run on this machine"
+                    f"no Ray cluster answers at {self._address!r} ({reason}); nothing was done: check the address, or "
+                    "leave it out to run on this machine"
                 ) from error
         else:
             ray.init(
-                address="local", num_cpus=self._workers, include_dashboard=False, object_store_memory=_EMBEDDED_STORE, **quiet
+                address="local",
+                num_cpus=self._workers,
+                include_dashboard=False,
+                object_store_memory=_EMBEDDED_STORE,
+                **quiet,
             )
         self._owned = True
         return self
@@ -59,13 +69,15 @@ class RaySession:
 
         Raises InputError where GPUs were asked for and there are none.
         """
-        total = ray.cluster_resources()
+        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
         if spec.device == "cuda" and gpus == 0:
-            raise InputError("device cuda was asked for, but the Ray cluster has no GPU: leave --device out, or say cpu")
+            raise InputError(
+                "device cuda was asked for, but the Ray cluster has no GPU: leave --device out, or say cpu"
+            )
         device = "cuda" if gpus and spec.device != "cpu" else "cpu"
         kind = "GPU" if device == "cuda" else "CPU"
-        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(kind, 0) >= 1]
+        nodes = [n["Resources"] for n in _alive_nodes() if n["Resources"].get(kind, 0) >= 1]
         if not nodes:
             raise InputError(f"the Ray cluster has no free machine with a {kind}; nothing was done: add one, or wait")
         share, slots = min((n.get("memory", 0) * _SHARE / n[kind], int(n[kind])) for n in nodes)

@@ -10,8 +10,8 @@ from volseg.plan import Plan
 from volseg.spec import SegmentSpec
 from volseg.storage.ledger import Receipt
 
-# What a worker's process must have in its environment before it starts: large tensors stay mapped, all threads share one
-# heap (the others would map large tensors anew each time), and one thread computes.
+# What a worker's process must have in its environment before it starts: large tensors stay mapped, all threads share
+# one heap (the others would map large tensors anew each time), and one thread computes.
 WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",

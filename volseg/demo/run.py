@@ -83,7 +83,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = [f"Dice on the {SHAPE[0] - len(LABELLED)} slices that were never labelled:"]
     lines += [f"  {c['name']:18} {c['dice']:.3f}" for c in result["classes"]]
     lines += [
-        f"  mean of the foreground {result['mean_foreground_dice']:.3f} (multi-Otsu thresholds: {result['otsu_dice']:.3f})",
+        f"  mean of the foreground {result['mean_foreground_dice']:.3f} (multi-Otsu: {result['otsu_dice']:.3f})",
         f"The output is {result['verified']}; everything took {clock(result['seconds'])}.",
         f"Look at {result['picture']}",
         f"and open {result['result']} in any OME-Zarr viewer.",

@@ -17,7 +17,7 @@ from volseg.execution.events import (
     WorkerLost,
     WorkerReady,
 )
-from volseg.execution.policy import Strikes, after_error, after_loss, starts_exhausted
+from volseg.execution.policy import Decision, Strikes, after_error, after_loss, starts_exhausted
 from volseg.inference.attempt import Failure
 from volseg.storage.ledger import Ledger, Receipt
 
@@ -59,16 +59,28 @@ Reporter = Callable[[Tally], None]
 Note = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What the driver asks and tells those who started it."""
+
+    size: Callable[[int], int]
+    """Voxels of a block."""
+    report: Reporter
+    """Called with the tally at least twice a second."""
+    note: Note
+    """Called with lines worth reading."""
+    check_fingerprint: Callable[[dict[str, str]], None]
+    """Called with every new worker's fingerprint; raises InputError where it must not take part."""
+
+
 class Driver:
     """Drives one job's pending blocks through an executor."""
 
     def __init__(
-        self, executor: Executor, ledger: Ledger, tally: Tally, *, attempts: int, workers: int, size: Callable[[int], int],
-        report: Reporter, note: Note, check_fingerprint: Callable[[dict[str, str]], None],
-    ) -> None:  # fmt: skip
-        self._executor, self._ledger, self._tally = executor, ledger, tally
-        self._attempts, self._workers, self._size = attempts, workers, size
-        self._report, self._note, self._check_fingerprint = report, note, check_fingerprint
+        self, executor: Executor, ledger: Ledger, tally: Tally, hooks: Hooks, *, attempts: int, workers: int
+    ) -> None:
+        self._executor, self._ledger, self._tally, self._hooks = executor, ledger, tally, hooks
+        self._attempts, self._workers = attempts, workers
         self._strikes: dict[int, Strikes] = {}
         self._again: deque[int] = deque()
         self._alone: deque[int] = deque()
@@ -91,7 +103,7 @@ class Driver:
                 for event in self._executor.wait(TICK_SECONDS):
                     self._handle(event)
                 self._ledger.tick(self._tally.as_dict())
-                self._report(self._tally)
+                self._hooks.report(self._tally)
         finally:
             try:
                 self._executor.stop()
@@ -121,7 +133,7 @@ class Driver:
     def _handle(self, event: Event) -> None:
         match event:
             case WorkerReady():
-                self._check_fingerprint(event.fingerprint)
+                self._hooks.check_fingerprint(event.fingerprint)
                 self._failed_starts = 0
                 self._tally.workers += 1
             case BlockDone():
@@ -138,7 +150,7 @@ class Driver:
         self._in_flight.discard(index)
         self._ledger.add(event.receipt)
         self._tally.computed += 1
-        self._tally.voxels += self._size(index)
+        self._tally.voxels += self._hooks.size(index)
         self._tally.peak_memory = max(self._tally.peak_memory, event.peak_memory)
         self._tally.take(event.receipt)
 
@@ -155,14 +167,14 @@ class Driver:
         if decision == "set aside":
             self._set_aside(failure.index, failure.message)
         else:
-            self._tally.retried += 1
-            self._note(f"block {failure.index} is tried again: {failure.message}")
-            self._again.append(failure.index)
+            self._hooks.note(f"block {failure.index} is tried again: {failure.message}")
+            self._try_again(failure.index, decision)
 
     def _lost(self, event: WorkerLost) -> None:
         self._tally.workers -= 1
         self._tally.workers_lost += 1
-        self._note(f"worker {event.worker} was lost ({event.cause}); its {len(event.blocks)} block(s) go to another")
+        what = f"its {len(event.blocks)} block(s) go to another" if event.blocks else "it had no block in hand"
+        self._hooks.note(f"worker {event.worker} was lost ({event.cause}); {what}")
         for index in event.blocks:
             self._in_flight.discard(index)
             before = self._strikes.get(index, Strikes())
@@ -170,22 +182,26 @@ class Driver:
             self._strikes[index] = strikes
             decision = after_loss(strikes, infrastructure=event.infrastructure)
             if decision == "set aside":
-                self._set_aside(index, f"{strikes.crashes} workers died while they held it, the last one: {event.cause}")
+                cause = f"{strikes.crashes} workers died while they held it, the last one: {event.cause}"
+                self._set_aside(index, cause)
             else:
-                self._tally.retried += 1
-                (self._alone if decision == "retry alone" else self._again).append(index)
+                self._try_again(index, decision)
 
     def _not_started(self, event: WorkerFailed) -> None:
         if event.fatal:
             raise InputError(event.message)
         self._failed_starts += 1
-        self._note(f"worker {event.worker} could not start: {event.message}")
+        self._hooks.note(f"worker {event.worker} could not start: {event.message}")
         if starts_exhausted(self._failed_starts, self._workers):
             raise WorkersLostError(
-                f"{self._failed_starts} workers in a row could not start, the last one: {event.message}; the job stopped "
-                "and can be resumed with the same command"
+                f"{self._failed_starts} workers in a row could not start, the last one: {event.message}; the job "
+                "stopped and can be resumed with the same command"
             )
+
+    def _try_again(self, index: int, decision: Decision) -> None:
+        self._tally.retried += 1
+        (self._alone if decision == "retry alone" else self._again).append(index)
 
     def _set_aside(self, index: int, message: str) -> None:
         self._tally.failed[index] = message
-        self._note(f"block {index} is set aside: {message}")
+        self._hooks.note(f"block {index} is set aside: {message}")

@@ -8,6 +8,7 @@ from typing import Protocol
 from volseg.inference.attempt import Failure
 from volseg.storage.ledger import Receipt
 
+
 @dataclass(frozen=True)
 class WorkerReady:
     """A worker loaded the model; `fingerprint` is what its numerics depend on."""

@@ -38,6 +38,9 @@ def clear_for(job: Prepared, note: Note) -> None:
         return
     marks = marks_of(output)
     if marks is None:
+        # A driver that died while it made the output left a folder without metadata, but with this job's header.
+        if nodes.read_node(output) is None and Ledger(output, job.job_key).header() is not None:
+            return
         raise OutputExistsError(
             f"output {output} exists and volseg did not write it; nothing was done: choose another place, or move it away"
         )
@@ -80,7 +83,8 @@ def begin(job: Prepared, ledger: Ledger, created: float) -> dict[str, Any]:
 def create_output(job: Prepared) -> None:
     """Create the output's arrays, marked incomplete, where they are not there yet."""
     spec, plan, manifest = job.spec, job.plan, job.manifest
-    if marks_of(spec.output) is not None:
+    # The last of what is written below: while it is missing, a driver died on the way here.
+    if files.exists(files.join(spec.output, "0", "zarr.json")):
         return
     marks = {
         "status": "incomplete", "job_key": job.job_key, "region": str(plan.region),
@@ -105,15 +109,21 @@ def create_output(job: Prepared) -> None:
 
 
 def finish(job: Prepared, receipts: Mapping[int, Receipt]) -> None:
-    """Check that every object of every receipt is stored with its size; then, and only then, say complete.
+    """Check that every block has a receipt and every object its size; then, and only then, say complete.
 
     Raises VerifyError.
     """
-    missing = unsound(job.spec.output, receipts)
-    if missing:
+    without = len(job.plan.grid) - len(receipts)
+    if without:
         raise VerifyError(
-            f"{len(missing)} block(s) have a receipt but their objects are gone or changed, the first is block "
-            f"{min(missing)}; the output stays incomplete: run the same command again"
+            f"{without} block(s) have no receipt in {ledger_root(job.spec.output)}; the output stays incomplete: run the "
+            "same command again"
+        )
+    lost = unsound(job.spec.output, receipts)
+    if lost:
+        raise VerifyError(
+            f"{len(lost)} block(s) have a receipt but their objects are gone or changed, the first is block "
+            f"{min(lost)}; the output stays incomplete: run the same command again"
         )
     for group in ("probabilities",) * job.spec.probabilities + ("",):
         set_status(files.join(job.spec.output, group).rstrip("/"), {"volseg": {"status": "complete"}})

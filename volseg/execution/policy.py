@@ -27,19 +27,19 @@ def after_error(strikes: Strikes, kind: Kind, attempts: int) -> Decision:
         return "stop the job"
     if kind == "hopeless" or strikes.errors >= attempts:
         return "set aside"
-    return "retry"
+    return _retry(strikes)
 
 
 def after_loss(strikes: Strikes, *, infrastructure: bool) -> Decision:
-    """Decide after a worker was lost; `strikes` already counts a crash, but never a lost node.
-
-    A block that was there for a second time runs alone on its worker from then on, so that its neighbour in the pipeline
-    does not get the blame.
-    """
-    if infrastructure:
-        return "retry"
-    if strikes.crashes >= MAX_CRASHES:
+    """Decide after a worker was lost; `strikes` already counts a crash, but never a lost node."""
+    if not infrastructure and strikes.crashes >= MAX_CRASHES:
         return "set aside"
+    return _retry(strikes)
+
+
+def _retry(strikes: Strikes) -> Decision:
+    # A block that was there when a worker died for a second time runs alone on its worker from then on, so that its
+    # neighbour in the pipeline does not get the blame.
     return "retry alone" if strikes.crashes >= 2 else "retry"
 
 

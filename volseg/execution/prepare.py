@@ -99,7 +99,9 @@ def local_cores(spec: SegmentSpec) -> Cores:
 
         gpus = count_gpus()
     if device == "cuda" and gpus == 0:
-        raise InputError("device cuda was asked for, but this machine has no usable GPU: leave --device out, or say cpu")
+        raise InputError(
+            "device cuda was asked for, but this machine has no usable GPU: leave --device out, or say cpu"
+        )
     device = "cuda" if gpus else "cpu"
     return Cores(cpus, gpus, device, gpus or cpus, int(psutil.virtual_memory().available * _SHARE_OF_FREE))
 
@@ -114,7 +116,9 @@ def executor_of(spec: SegmentSpec, cores: Cores) -> str:
     else:
         chosen = "ray" if spec.address or (workers > 1 and importlib.util.find_spec("ray")) else "serial"
     if chosen == "ray" and importlib.util.find_spec("ray") is None:
-        raise InputError("executor ray needs the package ray, which is not installed: pip install 'volseg[ray]', or use serial")
+        raise InputError(
+            "executor ray needs the package ray, which is not installed: pip install 'volseg[ray]', or use serial"
+        )
     return chosen
 
 
@@ -171,4 +175,3 @@ def _check_places(spec: SegmentSpec) -> None:
             raise InputError(
                 f"output {output} and {name} {other} overlap: writing would destroy what is read; choose another output"
             )
-

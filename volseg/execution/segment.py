@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from volseg.errors import InputError, JobInterrupted
-from volseg.execution.driver import Driver, Note, Reporter, Tally
+from volseg.execution.driver import Driver, Hooks, Note, Reporter, Tally
 from volseg.execution.events import Executor
 from volseg.execution.output import begin, clear_for, create_output, finish, reopen, unsound, wait_for_driver
 from volseg.execution.prepare import Prepared
@@ -61,11 +61,13 @@ def _drive(
         before.take(receipt)
     if len(receipts) < len(grid):
         reopen(job)
-        driver = Driver(
-            make_executor(job), ledger, tally, attempts=job.spec.attempts, workers=job.plan.workers,
-            size=lambda index: grid.box(index).intersect(job.plan.region).size, report=report, note=note,
+        hooks = Hooks(
+            size=lambda index: grid.box(index).intersect(job.plan.region).size,
+            report=report,
+            note=note,
             check_fingerprint=lambda found: _check_fingerprint(job, ledger, found),
-        )  # fmt: skip
+        )
+        driver = Driver(make_executor(job), ledger, tally, hooks, attempts=job.spec.attempts, workers=job.plan.workers)
         try:
             driver.run(_without(len(grid), receipts))
         except KeyboardInterrupt:
@@ -111,10 +113,7 @@ def _report(job: Prepared, tally: Tally, before: Tally, wall: float) -> dict[str
         "patches": plan.patches,
         "seconds": {
             "wall": round(wall, 3),
-            **{
-                name: round(stats.get(f"{name}_seconds", 0.0), 3)
-                for name in ("read", "compute", "forward", "write")
-            },
+            **{name: round(stats.get(f"{name}_seconds", 0.0), 3) for name in ("read", "compute", "forward", "write")},
         },
         "workers": {"used": plan.workers, "lost": tally.workers_lost},
         "retried": tally.retried,

@@ -64,18 +64,22 @@ class SerialExecutor:
             first = self._events.get(timeout=timeout)
         except queue.Empty:
             return []
-        found = [first]
-        while not self._events.empty():
-            found.append(self._events.get())
         events: list[Event] = []
-        for event in found:
-            if isinstance(event, Exception):
-                raise event
-            if not isinstance(event, WorkerReady):
+        found: Event | Exception = first
+        while True:
+            if isinstance(found, Exception):
+                if not events:
+                    raise found
+                # What was finished before is told first.
+                self._events.put(found)
+                return events
+            if not isinstance(found, WorkerReady):
                 self._in_hand -= 1
                 self._alone = False
-            events.append(event)
-        return events
+            events.append(found)
+            if self._events.empty():
+                return events
+            found = self._events.get()
 
     def stop(self) -> None:
         """Stop blocks under way within one forward, and end the threads."""
@@ -89,8 +93,7 @@ class SerialExecutor:
             outcome = self._worker.attempt(index)
         except JobInterrupted:
             return
-        except Exception as error:
-            # An error of volseg itself, not of the block: it must surface where the driver waits.
+        except Exception as error:  # noqa: BLE001 - an error of volseg itself: it is raised where the driver waits
             self._events.put(error)
             return
         if isinstance(outcome, Failure):

@@ -35,7 +35,7 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
     region = Box.parse(header["region"], (shape[0], shape[1], shape[2]))
     grid = BlockGrid((shape[0], shape[1], shape[2]), (block[0], block[1], block[2]), region)
     receipts = ledger.receipts()
-    damaged = {index: "an object is absent or has another size" for index in unsound(output, receipts)}
+    damaged = dict.fromkeys(unsound(output, receipts), "an object is absent or has another size")
     if deep:
         damaged |= _compare(output, grid, {i: r for i, r in receipts.items() if i not in damaged}, progress)
     missing = len(grid) - len(receipts)
@@ -44,18 +44,22 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
         "status": "damaged" if damaged else "verified" if complete else "incomplete",
         "output": output,
         "deep": deep,
-        "blocks": {"total": len(grid), "with_receipt": len(receipts), "without_receipt": missing, "damaged": len(damaged)},
+        "blocks": {
+            "total": len(grid),
+            "with_receipt": len(receipts),
+            "without_receipt": missing,
+            "damaged": len(damaged),
+        },
         "objects": sum(len(receipt.objects) for receipt in receipts.values()),
         "bytes": sum(sum(receipt.objects.values()) for receipt in receipts.values()),
         "damaged": [
-            {"block": index, "box": str(grid.box(index)), "error": message} for index, message in sorted(damaged.items())
+            {"block": index, "box": str(grid.box(index)), "error": message}
+            for index, message in sorted(damaged.items())
         ],
     }
 
 
-def _compare(
-    output: str, grid: BlockGrid, receipts: dict[int, Receipt], progress: Progress | None
-) -> dict[int, str]:
+def _compare(output: str, grid: BlockGrid, receipts: dict[int, Receipt], progress: Progress | None) -> dict[int, str]:
     damaged: dict[int, str] = {}
     readers: dict[str, ArrayWriter] = {}
     for count, (index, receipt) in enumerate(receipts.items(), start=1):

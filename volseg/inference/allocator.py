@@ -1,4 +1,4 @@
-"""Keep freed tensors mapped: on Linux, mapping large tensors anew for every layer costs more than the layer's arithmetic."""
+"""Keep freed tensors mapped: on Linux, mapping them anew for every layer costs more than the layer's arithmetic."""
 
 from __future__ import annotations
 

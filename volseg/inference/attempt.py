@@ -40,7 +40,7 @@ def attempt(process: Callable[[int], Receipt], index: int) -> Receipt | Failure:
         return Failure(index, "retryable" if error.retryable else "hopeless", str(error))
     except JobError as error:
         return Failure(index, "job", str(error))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # Whatever a library raises for this block must not end the worker; it is recorded with its traceback.
         details = traceback.format_exc(limit=20)
         general = storage_error(error, "the output") if isinstance(error, OSError) else None

@@ -99,7 +99,7 @@ class BlockProcessor:
                 z, y, x = np.argwhere(bad)[0]
                 raise NonFiniteError(
                     f"block {index} reads {int(bad.sum())} voxels that are NaN or Inf, the first at offset "
-                    f"{z},{y},{x} of its input; a network would spread them: repair the input, or fill them with --nan fill"
+                    f"{z},{y},{x} of its input; a network would spread them: repair the input, or use --nan fill"
                 )
             count += int(bad[core.slices].sum())
             channel[bad] = low
@@ -125,20 +125,30 @@ class BlockProcessor:
         raw.stats["forwards"] = self._predictor.forwards - before
         raw.stats["forward_seconds"] = self._predictor.seconds - seconds
         raw.stats["compute_seconds"] = time.perf_counter() - started
-        return _embed(labels, raw.wanted, box), None if probabilities is None else _embed(probabilities, raw.wanted, box)
+        return _embed(labels, raw.wanted, box), None if probabilities is None else _embed(
+            probabilities, raw.wanted, box
+        )
 
     def _write(
-        self, index: int, box: Box, labels: NDArray[Any], probabilities: NDArray[np.uint8] | None, stats: dict[str, float]
+        self,
+        index: int,
+        box: Box,
+        labels: NDArray[Any],
+        probabilities: NDArray[np.uint8] | None,
+        stats: dict[str, float],
     ) -> Receipt:
         started = time.perf_counter()
-        digests, objects = {}, {}
+        digests: dict[str, str] = {}
+        objects: dict[str, int] = {}
         for name, writer, data in ((LABELS, self._labels, labels), (PROBABILITIES, self._probabilities, probabilities)):
             if writer is None or data is None:
                 continue
             digests[name] = digest(data)
             sizes = writer.write(box, data)
             if digest(writer.read(box)) != digests[name]:
-                raise CorruptChunkError(f"block {index} of {name} did not read back as it was written; it is tried again")
+                raise CorruptChunkError(
+                    f"block {index} of {name} did not read back as it was written; it is tried again"
+                )
             objects |= {f"{name}/{key}": size for key, size in sizes.items()}
         inside = labels[box.intersect(self._plan.region).relative_to(box.start).slices]
         stats |= {f"class_{c}": n for c, n in enumerate(_count(inside, self._plan.classes)) if n}

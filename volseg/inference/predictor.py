@@ -38,7 +38,7 @@ class Predictor:
         network = fold_batch_norm(network.eval()).to(device=device, dtype=self._dtype)
         if device.type == "cpu":
             network = use_onednn(network)
-        self._network = network.to(memory_format=layout)
+        self._network = network.to(memory_format=layout)  # type: ignore[call-overload]
         scaling = manifest.scaling
         columns = (scaling.low, scaling.high, scaling.mean, [1.0 / s for s in scaling.std])
         self._low, self._high, self._mean, self._inverse_std = (
@@ -76,8 +76,8 @@ class Predictor:
             logits = self._network(x.squeeze(flat).contiguous(memory_format=torch.channels_last)).unsqueeze(flat)
         if not bool(torch.isfinite(logits).all()):
             raise NonFiniteError(
-                "the network answered NaN or Inf; the block was set aside: look for extreme grey values there, or train "
-                "the model longer"
+                "the network answered NaN or Inf; the block was set aside: look for extreme grey values there, or "
+                "train the model longer"
             )
         return logits.float()
 
@@ -95,13 +95,14 @@ def count_gpus() -> int:
 
 
 def fingerprint(device: str) -> dict[str, str]:
-    """Describe what the numerics depend on beside bundle, patch and precision: chip, instruction set, library versions."""
+    """Return what the numerics depend on beside bundle, patch and precision: chip, instructions, library versions."""
     facts = {"device": device, "torch": torch.__version__.partition("+")[0]}
     if device == "cuda":
         facts |= {
             "chip": torch.cuda.get_device_name(),
             "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version()),
+            "cudnn": str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+           ,
         }
     else:
         facts |= {"chip": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}

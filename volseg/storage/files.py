@@ -47,7 +47,8 @@ def storage_error(error: OSError, what: str) -> VolsegError | None:
     """Translate an operating-system error that concerns every block alike; None for any other."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return StorageFullError(f"no space left while writing {what}; the job stopped: free space and run it again")
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+    # Clients of object stores raise PermissionError without a number.
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return StorageDeniedError(f"no permission to write {what}; the job stopped: grant it and run it again")
     return None
 

@@ -147,8 +147,8 @@ class Ledger:
             lines = b"".join(_dump(asdict(receipt)) + b"\n" for receipt in self._waiting)
             if not files.create_bytes(files.join(self.path, "receipts", name), lines):
                 raise JobError(
-                    f"receipts {name} are in {self.path} already: another process drives this job under the same number, "
-                    "so this one stopped: run the same command again"
+                    f"receipts {name} are in {self.path} already, so another process drives this job under the same "
+                    "number; this one stopped: run the same command again"
                 )
             self._segment += 1
             self._waiting.clear()
