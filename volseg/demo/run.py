@@ -50,7 +50,7 @@ def run_demo(folder: str, run: Run, *, max_minutes: float, seed: int) -> dict[st
         return str(place / name)
 
     names = ",".join(CLASS_NAMES)
-    size = f"{phantom.voxel_size_um:g}"
+    size = ",".join(f"{side:g}" for side in phantom.voxel_size_um)
     scan, sparse, unseen = at("scan.zarr"), at("labels.zarr"), at("truth.zarr")
     volseg("import", at("phantom.tif"), scan, "--voxel-size", size, "--unit", "micrometer")
     volseg("import", at("labels.tif"), sparse, "--labels", "--classes", names)

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from volseg.errors import NonFiniteError
 from volseg.geometry import AXES, Triple
 from volseg.inference.onednn import use_onednn
+from volseg.models.allocator import large_blocks_mapped
 from volseg.models.fold import fold_batch_norm
 from volseg.models.manifest import BundleManifest
 
@@ -62,7 +64,8 @@ class Predictor:
                 torch.clamp(raw.to(torch.float32), self._low, self._high, out=place)
                 place.sub_(self._mean).mul_(self._inverse_std)
             started = time.perf_counter()
-            probabilities = self._activate(self._forward())
+            with nullcontext() if self.forwards else large_blocks_mapped():
+                probabilities = self._activate(self._forward())
             self.seconds += time.perf_counter() - started
             self.forwards += len(group)
             yield from probabilities[: len(group)]

@@ -7,10 +7,10 @@ import sys
 
 import torch
 
-from volseg.inference.allocator import keep_large_tensors_mapped
 from volseg.inference.attempt import Failure, attempt
 from volseg.inference.block_processor import BlockProcessor
 from volseg.inference.predictor import fingerprint
+from volseg.models.allocator import keep_freed_memory
 from volseg.plan import Plan
 from volseg.spec import SegmentSpec
 from volseg.storage.ledger import Receipt
@@ -27,7 +27,7 @@ class Worker:
     def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str) -> None:
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        keep_large_tensors_mapped()
+        keep_freed_memory()
         configure(threads=2)
         if plan.device == "cuda":
             torch.backends.cudnn.deterministic = True

@@ -15,6 +15,7 @@ from functools import cache
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _KEEP = 2**31 - 1
 _MAP_ABOVE = 128 * 1024
 
@@ -22,9 +23,10 @@ _MAP_ABOVE = 128 * 1024
 def keep_freed_memory() -> bool:
     """Make this process keep freed memory of any size for reuse; return whether the system lets it.
 
-    Does what ``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` do in the environment of a new process.
+    Does what ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_ARENA_MAX`` do in the environment of a
+    new process. Threads started later share the main heap: their own would end at 64 MiB and map what is larger anew.
     """
-    return _set(_M_MMAP_THRESHOLD, _KEEP) and _set(_M_TRIM_THRESHOLD, _KEEP)
+    return _set(_M_MMAP_THRESHOLD, _KEEP) and _set(_M_TRIM_THRESHOLD, _KEEP) and _set(_M_ARENA_MAX, 1)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Context:
     low_precision: bool
     save: Callable[[State], None]
     report: Callable[[TrainProgress], None]
-    record: Callable[[list[dict[str, Any]]], None]
+    record: Callable[[list[dict[str, Any]]], object]
     started: float
     spent: float = 0.0
     rank: int = 0
@@ -199,9 +199,9 @@ class _Validation:
 
     def __init__(self, run: _Run) -> None:
         self._run = run
-        self._next = sum(1 for m in _MILESTONES if m <= self.progress())
         self._seconds_a_window: float | None = None
         self.spent = 0.0
+        self._next = sum(1 for m in _MILESTONES if m <= self.progress())
 
     def progress(self) -> float:
         """Return the share of the training that is done; time is kept for the last two validations and the saving."""

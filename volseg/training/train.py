@@ -241,14 +241,10 @@ def _context(
         low_precision=spec.precision == "bf16" or (spec.precision == "auto" and _fast_bf16(device)),
         save=lambda state: workplace.save(state | {"spec": spec.model_dump(mode="json")}),
         report=report,
-        record=lambda rows: _ignore(workplace.write_metrics(rows)),
+        record=workplace.write_metrics,
         started=started,
         spent=float(stored["seconds"]) if stored else 0.0,
     )
-
-
-def _ignore(_: object) -> None:
-    return None
 
 
 def _fast_bf16(device: torch.device) -> bool:

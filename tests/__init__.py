@@ -1,0 +1,1 @@
+"""Tests; `tests/pure` needs neither torch nor ray nor zarr."""

@@ -1,0 +1,56 @@
+"""Fixtures of the whole suite. Also loaded where torch, ray and zarr are not installed: nothing heavy at the top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.support import Case
+
+# Ray's own default writes a token into the home folder; volseg's embedded Ray listens on this machine only.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def one_ray() -> Iterator[None]:
+    """One Ray inside this process for all tests that need one; it ends with the session."""
+    import ray
+
+    from volseg.cluster.session import RaySession
+
+    with RaySession(None, workers=4):
+        yield
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A 3D network with three classes, and a volume whose sides are multiples of nothing."""
+    from tests.support import Case, make_bundle, smooth, store
+
+    folder = tmp_path_factory.mktemp("case")
+    image = store(folder / "image.zarr", smooth((40, 45, 50)))
+    return Case(image, make_bundle(folder / "bundle"), folder)
+
+
+@pytest.fixture(scope="session")
+def flat_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A 2D network with one sigmoid channel, trained along z, and a volume."""
+    from tests.support import Case, make_bundle, smooth, store
+
+    folder = tmp_path_factory.mktemp("flat")
+    image = store(folder / "image.zarr", smooth((21, 40, 34), seed=5))
+    return Case(image, make_bundle(folder / "bundle", dims=2, classes=2, patch=(1, 16, 16)), folder)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """A folder below which nothing exists yet."""
+    return tmp_path / "work"

@@ -1,0 +1,221 @@
+"""What the integration tests share: tiny bundles, volumes, jobs inside this process and in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from volseg import api
+from volseg.geometry import Triple
+from volseg.intensity import Scaling
+from volseg.models.bundle import save_bundle
+from volseg.models.config import UNetConfig
+from volseg.models.manifest import BundleManifest, ClassInfo
+from volseg.models.registry import build
+from volseg.models.unet import UNet
+from volseg.spec import SegmentSpec
+
+T = TypeVar("T")
+LONGEST = 120.0
+"""Seconds after which a test gives up waiting; never a measure of anything."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input and a bundle that many tests share."""
+
+    image: str
+    bundle: str
+    folder: Path
+
+
+def smooth(shape: Triple, seed: int = 0, low: float = 0.0, high: float = 255.0) -> NDArray[np.float32]:
+    """Return a smooth random volume (z, y, x) that spans low..high, so that classes form regions, not salt."""
+    values = np.random.default_rng(seed).normal(size=shape)
+    for axis, size in enumerate(shape):
+        for _ in range(2 if size > 4 else 0):
+            values = sum((np.roll(values, k, axis) for k in (-2, -1, 1, 2)), values)
+    values -= values.min()
+    values *= (high - low) / max(values.max(), 1e-9)
+    return (values + low).astype(np.float32)
+
+
+def store(path: Path, data: NDArray[Any], dtype: str | None = "uint8", **options: Any) -> str:
+    """Write a plain Zarr array and return its path; `options` go to zarr."""
+    values = data if dtype is None else data.astype(dtype)
+    options.setdefault("chunks", tuple(min(16, size) for size in values.shape))
+    array = zarr.create_array(str(path), shape=values.shape, dtype=values.dtype, **options)
+    array[...] = values
+    return str(path)
+
+
+def make_bundle(
+    path: Path, *, dims: int = 3, classes: int = 3, patch: Triple = (16, 16, 16), widths: Sequence[int] = (4, 8),
+    channels: int = 1, seed: int = 0, scaling: Scaling | None = None, axis: str = "z", **network: Any,
+) -> str:  # fmt: skip
+    """Write a bundle with random weights, tuned so that every class wins somewhere, and return its path."""
+    torch.manual_seed(seed)
+    outputs = 1 if classes == 2 else classes
+    arguments = {"dims": dims, "in_channels": channels, "widths": tuple(widths), "out_channels": outputs, **network}
+    config = UNetConfig.model_validate(arguments)
+    net = build("unet", config).eval()
+    _balance(net, channels, dims)
+    manifest = BundleManifest.model_validate({
+        "architecture": "unet",
+        "arguments": config.model_dump(mode="json"),
+        "classes": [ClassInfo(id=i, name=f"class {i}", color=f"#{i * 40 % 256:02x}8040") for i in range(classes)],
+        "activation": "sigmoid" if classes == 2 else "softmax",
+        "threshold": 0.5 if classes == 2 else None,
+        "scaling": scaling or Scaling(low=(0,) * channels, high=(255,) * channels, mean=(120,) * channels,
+                                      std=(50,) * channels),
+        "patch": patch, "axis": axis, "voxel_size": (0.5, 0.5, 0.5), "unit": "micrometer",
+    })  # fmt: skip
+    save_bundle(str(path), net, manifest)
+    return str(path)
+
+
+def _balance(net: torch.nn.Module, channels: int, dims: int) -> None:
+    assert isinstance(net, UNet)
+    sample = torch.from_numpy((smooth((16, 32, 32), seed=99) - 120) / 50)
+    x = sample.expand(1, channels, *sample.shape) if dims == 3 else sample[:, None].expand(-1, channels, -1, -1)
+    with torch.inference_mode():
+        logits = net(x).transpose(0, 1).flatten(1)
+    spread, centre = logits.std(dim=1), logits.median(dim=1).values
+    with torch.no_grad():
+        net.head.weight.mul_((2 / spread).view(-1, *[1] * (net.head.weight.ndim - 1)))
+        assert net.head.bias is not None
+        net.head.bias.sub_(centre).mul_(2 / spread)
+
+
+def segment(case: Case, output: Path, **options: Any) -> dict[str, Any]:
+    """Segment in this process, serially unless told otherwise, and return the report."""
+    options.setdefault("executor", "serial")
+    values = {"input": case.image, "output": str(output), "model": case.bundle, **options}
+    return api.run_segment(SegmentSpec.read(values))
+
+
+def labels_of(output: Path | str) -> NDArray[Any]:
+    """Return the labels (z, y, x) by zarr alone, without volseg's reader."""
+    array = zarr.open_array(f"{output}/0", mode="r")
+    return np.asarray(array[...])
+
+
+def probabilities_of(output: Path | str) -> NDArray[np.uint8]:
+    """Return the probabilities (c, z, y, x) by zarr alone."""
+    array = zarr.open_array(f"{output}/probabilities/0", mode="r")
+    return np.asarray(array[...])
+
+
+def status_of(output: Path | str) -> str | None:
+    """Return what the output says of itself, None where there is none."""
+    document = Path(output) / "zarr.json"
+    if not document.exists():
+        return None
+    status = json.loads(document.read_text())["attributes"]["volseg"]["status"]
+    assert isinstance(status, str)
+    return status
+
+
+# ---------------------------------------------------------------- processes
+
+
+def command(*words: object) -> list[str]:
+    """Return the command line of volseg in a process of its own."""
+    return [sys.executable, "-m", "volseg", *map(str, words)]
+
+
+def segment_words(case: Case, output: Path, *more: object) -> tuple[object, ...]:
+    """Return the words of a segment command."""
+    return ("segment", case.image, output, "--model", case.bundle, *more)
+
+
+@contextlib.contextmanager
+def process(*words: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run volseg in a process group of its own, which is gone afterwards with all that it started."""
+    started = subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+    family: list[psutil.Process] = []
+    try:
+        yield started
+        family = descendants(started.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        started.communicate()
+
+
+def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run volseg to its end and return its exit code and output."""
+    with process(*words, **options) as started:
+        out, err = started.communicate(timeout=LONGEST)
+        return subprocess.CompletedProcess(started.args, started.returncode, out, err)
+
+
+def run_json(*words: object, **options: Any) -> dict[str, Any]:
+    """Run volseg with --json, expect success, and return the document."""
+    done = run(*words, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert isinstance(document, dict)
+    return document
+
+
+def wait_until(condition: Callable[[], T], alive: subprocess.Popen[str] | None = None) -> T:
+    """Poll until `condition` holds and return its value; fails when `alive` ends before that."""
+    stop = time.monotonic() + LONGEST
+    while not (value := condition()):
+        if alive is not None and alive.poll() is not None:
+            out, err = alive.communicate()
+            raise AssertionError(f"the process ended with {alive.returncode} before that:\n{out}\n{err}")
+        assert time.monotonic() < stop, "waited in vain"
+        time.sleep(0.01)
+    return value
+
+
+def receipts_of(output: Path | str) -> list[Path]:
+    """Return the segments of receipts in the ledgers of an output."""
+    return sorted(Path(f"{output}.volseg").glob("*/receipts/*.jsonl"))
+
+
+def done_blocks(output: Path | str) -> set[int]:
+    """Return the blocks that have a receipt."""
+    return {json.loads(line)["index"] for path in receipts_of(output) for line in path.read_text().splitlines()}
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return all processes below `pid`; none where it is gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def actors(pid: int) -> list[psutil.Process]:
+    """Return the processes of segmenting Ray actors below `pid`."""
+    return [p for p in descendants(pid) if "SegmentActor" in _title(p)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""

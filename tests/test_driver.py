@@ -1,0 +1,376 @@
+"""The driver against a scripted executor: who is tried how often, what is kept, and when the job stops."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from volseg.errors import InputError, JobError, WorkersLostError
+from volseg.execution.driver import Driver, Hooks, Tally
+from volseg.execution.events import BlockDone, BlockFailed, Event, Executor, WorkerFailed, WorkerLost, WorkerReady
+from volseg.execution.policy import MAX_CRASHES
+from volseg.inference.attempt import Failure, Kind
+from volseg.storage.ledger import Ledger, Receipt
+
+Fate = Literal["done", "retryable", "hopeless", "job", "crash", "node", "ctrl-c"]
+IN_HAND = 2
+
+
+@dataclass
+class Scripted:
+    """Workers in memory. `script` holds the fates of a block's attempts in order, the last one for ever; others are done.
+
+    Each `wait` brings the oldest block of one worker to its end. A crash takes all blocks of the worker with it.
+    """
+
+    script: dict[int, list[Fate]] = field(default_factory=dict)
+    workers: int = 1
+    before: list[Event] = field(default_factory=list)
+    stop_error: Exception | None = None
+    invoked: list[int] = field(default_factory=list)
+    alone: list[int] = field(default_factory=list)
+    stopped: int = 0
+
+    def start(self) -> None:
+        self.hands: list[list[int]] = [[] for _ in range(self.workers)]
+        self.lonely = [False] * self.workers
+        self.turn = 0
+        self.events: list[Event] = [*self.before, *(WorkerReady(w, {"name": f"cpu{w}"}) for w in range(self.workers))]
+
+    def free(self, alone: bool) -> int | None:
+        room = 1 if alone else IN_HAND
+        free = [w for w in range(self.workers) if len(self.hands[w]) < room and not self.lonely[w]]
+        return min(free, key=lambda w: len(self.hands[w]), default=None)
+
+    def capacity(self, *, alone: bool = False) -> bool:
+        return self.free(alone) is not None
+
+    def submit(self, index: int, *, alone: bool = False) -> None:
+        worker = self.free(alone)
+        assert worker is not None, "handed out without capacity"
+        assert not any(index in hand for hand in self.hands), "handed out twice"
+        self.hands[worker].append(index)
+        self.lonely[worker] = alone
+        if alone:
+            self.alone.append(index)
+
+    def wait(self, timeout: float) -> list[Event]:
+        if self.events:
+            return [self.events.pop(0)]
+        for step in range(self.workers):
+            worker = (self.turn + step) % self.workers
+            if self.hands[worker]:
+                self.turn = worker + 1
+                return self.finish(worker)
+        raise AssertionError("the driver waits for nothing")
+
+    def finish(self, worker: int) -> list[Event]:
+        index = self.hands[worker][0]
+        fates = self.script.get(index, ["done"])
+        tries = self.invoked.count(index)
+        fate = fates[min(tries, len(fates) - 1)]
+        self.invoked.append(index)
+        if fate == "ctrl-c":
+            raise KeyboardInterrupt
+        if fate in {"crash", "node"}:
+            lost, self.hands[worker], self.lonely[worker] = tuple(self.hands[worker]), [], False
+            self.events.append(WorkerReady(worker, {"name": "cpu"}))
+            return [WorkerLost(worker, lost, f"{fate} of worker {worker}", infrastructure=fate == "node")]
+        self.hands[worker].pop(0)
+        self.lonely[worker] = False
+        if fate == "done":
+            stats = {"forwards": 2.0, "class_1": float(index)}
+            return [BlockDone(Receipt(index, {"0": "ab"}, {f"0/c/{index}": 9}, stats), worker, 1000 + index)]
+        kind: Kind = "retryable" if fate == "retryable" else "hopeless" if fate == "hopeless" else "job"
+        return [BlockFailed(Failure(index, kind, f"{fate} error of block {index}", "Traceback: here"))]
+
+    def stop(self) -> None:
+        self.stopped += 1
+        if self.stop_error is not None:
+            raise self.stop_error
+
+
+class Run:
+    """One driver's run over `pending` blocks, with what it noted and reported."""
+
+    def __init__(self, output: Path, executor: Executor, attempts: int = 3, workers: int = 1) -> None:
+        self.ledger = Ledger(str(output), "key")
+        assert self.ledger.take()
+        self.tally = Tally(0)
+        self.notes: list[str] = []
+        self.reports: list[dict[str, int]] = []
+        self.check: Callable[[dict[str, str]], None] = lambda found: None
+        hooks = Hooks(
+            size=lambda index: 10,
+            report=lambda tally: self.reports.append(tally.as_dict()),
+            note=self.notes.append,
+            check_fingerprint=lambda found: self.check(found),
+        )
+        self.driver = Driver(executor, self.ledger, self.tally, hooks, attempts=attempts, workers=workers)
+
+    def __call__(self, pending: Iterable[int]) -> Tally:
+        blocks = list(pending)
+        self.tally.total = len(blocks)
+        self.driver.run(iter(blocks))
+        return self.tally
+
+    @property
+    def receipts(self) -> set[int]:
+        return set(self.ledger.receipts())
+
+
+# ---------------------------------------------------------------- a job without trouble
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_block_is_computed_once(tmp_path: Path, workers: int) -> None:
+    executor = Scripted(workers=workers)
+    run = Run(tmp_path / "out", executor, workers=workers)
+    tally = run(range(20))
+    assert Counter(executor.invoked) == Counter(range(20))
+    assert run.receipts == set(range(20))
+    assert tally.as_dict() == {"total": 20, "computed": 20, "resumed": 0, "failed": 0}
+    assert (tally.done, tally.voxels, tally.peak_memory, tally.workers) == (20, 200, 1019, workers)
+    assert tally.stats == {"forwards": 40, "class_1": sum(range(20))}
+    assert (tally.retried, tally.workers_lost, executor.stopped) == (0, 0, 1)
+    assert run.reports[-1] == tally.as_dict()
+    assert run.notes == []
+
+
+def test_blocks_are_handed_out_one_after_the_other_and_two_in_hand(tmp_path: Path) -> None:
+    most = []
+
+    class Watched(Scripted):
+        def wait(self, timeout: float) -> list[Event]:
+            most.append(len(self.hands[0]))
+            return super().wait(timeout)
+
+    executor = Watched()
+    Run(tmp_path / "out", executor)(range(9))
+    assert executor.invoked == list(range(9))
+    assert max(most) == IN_HAND
+
+
+def test_nothing_pending_is_no_work(tmp_path: Path) -> None:
+    executor = Scripted()
+    assert Run(tmp_path / "out", executor)([]).computed == 0
+    assert executor.invoked == []
+    assert executor.stopped == 1
+
+
+def test_pending_blocks_are_taken_one_by_one(tmp_path: Path) -> None:
+    """A grid of 10^9 blocks must never be a list."""
+    taken = []
+
+    def pending() -> Any:
+        for index in range(10**9):
+            taken.append(index)
+            yield index
+
+    executor = Scripted({5: ["job"]})
+    run = Run(tmp_path / "out", executor)
+    with pytest.raises(JobError):
+        run.driver.run(pending())
+    assert len(taken) < 12
+
+
+# ---------------------------------------------------------------- errors of blocks
+
+
+def test_an_error_is_tried_again_until_it_works(tmp_path: Path) -> None:
+    executor = Scripted({4: ["retryable", "retryable", "done"]})
+    run = Run(tmp_path / "out", executor, attempts=3)
+    tally = run(range(8))
+    assert Counter(executor.invoked)[4] == 3
+    assert (tally.computed, tally.retried, tally.failed) == (8, 2, {})
+    assert run.notes == ["block 4 is tried again: retryable error of block 4"] * 2
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 5])
+def test_a_block_is_set_aside_after_its_attempts_and_the_rest_goes_on(tmp_path: Path, attempts: int) -> None:
+    executor = Scripted({0: ["retryable"], 7: ["retryable"]})
+    run = Run(tmp_path / "out", executor, attempts=attempts)
+    tally = run(range(12))
+    assert Counter(executor.invoked) == Counter({**dict.fromkeys(range(12), 1), 0: attempts, 7: attempts})
+    assert tally.failed == {0: "retryable error of block 0", 7: "retryable error of block 7"}
+    assert run.receipts == set(range(12)) - {0, 7}
+    assert tally.as_dict() == {"total": 12, "computed": 10, "resumed": 0, "failed": 2}
+    assert "block 0 is set aside: retryable error of block 0" in run.notes
+
+
+def test_what_must_fail_again_is_set_aside_at_once(tmp_path: Path) -> None:
+    executor = Scripted({3: ["hopeless"]})
+    tally = Run(tmp_path / "out", executor, attempts=100)(range(6))
+    assert Counter(executor.invoked)[3] == 1
+    assert (set(tally.failed), tally.computed, tally.retried) == ({3}, 5, 0)
+
+
+def test_an_error_that_no_rule_foresaw_leaves_its_traceback(tmp_path: Path) -> None:
+    run = Run(tmp_path / "out", Scripted({3: ["retryable", "done"]}))
+    run(range(5))
+    (trace,) = Path(run.ledger.path, "failures").iterdir()
+    assert trace.read_text() == "retryable error of block 3\n\nTraceback: here"
+
+
+def test_what_concerns_every_block_stops_the_job_at_once(tmp_path: Path) -> None:
+    executor = Scripted({5: ["job"]})
+    run = Run(tmp_path / "out", executor, attempts=100)
+    with pytest.raises(JobError, match="job error of block 5"):
+        run(range(100))
+    assert executor.invoked == [0, 1, 2, 3, 4, 5]
+    assert executor.stopped == 1
+    assert run.receipts == {0, 1, 2, 3, 4}
+
+
+# ---------------------------------------------------------------- losses of workers
+
+
+def test_crashes_are_counted_apart_from_errors(tmp_path: Path) -> None:
+    trouble: list[Fate] = ["retryable", "crash", "crash", "retryable", "crash", "crash", "done"]
+    executor = Scripted({4: trouble})
+    tally = Run(tmp_path / "out", executor, attempts=3)(range(8))
+    assert Counter(executor.invoked)[4] == len(trouble)
+    assert (tally.failed, tally.computed, tally.workers_lost, tally.workers) == ({}, 8, 4, 1)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_block_that_kills_its_workers_is_set_aside_alone(tmp_path: Path, workers: int) -> None:
+    executor = Scripted({4: ["crash"]}, workers=workers)
+    run = Run(tmp_path / "out", executor, workers=workers)
+    tally = run(range(12))
+    assert Counter(executor.invoked)[4] == MAX_CRASHES
+    assert set(tally.failed) == {4}
+    assert tally.failed[4].startswith("5 workers died while they held it, the last one: crash of worker")
+    assert run.receipts == set(range(12)) - {4}
+    assert tally.workers_lost == MAX_CRASHES
+
+
+def test_a_lost_node_is_no_strike(tmp_path: Path) -> None:
+    executor = Scripted({4: [*["node"] * 50, "done"]})  # type: ignore[list-item]
+    run = Run(tmp_path / "out", executor, attempts=1)
+    tally = run(range(8))
+    assert (tally.failed, tally.computed, tally.workers_lost) == ({}, 8, 50)
+    assert executor.alone == []
+    assert Counter(executor.invoked)[4] == 51
+
+
+def test_a_suspect_runs_alone_from_its_second_crash_on(tmp_path: Path) -> None:
+    """Also after an error, and after the loss of a node, which are not its crashes."""
+    executor = Scripted({2: ["crash", "crash", "retryable", "node", "crash", "done"]}, workers=2)
+    tally = Run(tmp_path / "out", executor, workers=2)(range(9))
+    assert executor.alone.count(2) == 4
+    # Its neighbours were there at most twice, by accident, and lost nothing but time.
+    assert (tally.failed, tally.computed) == ({}, 9)
+
+
+def test_a_suspect_waits_for_an_idle_worker_and_then_the_others_go_on(tmp_path: Path) -> None:
+    order = []
+
+    class Watched(Scripted):
+        def submit(self, index: int, *, alone: bool = False) -> None:
+            super().submit(index, alone=alone)
+            order.append((index, alone))
+
+    executor = Watched({0: ["crash", "crash", "done"]})
+    Run(tmp_path / "out", executor)(range(6))
+    # Blocks 0 and 1 fall together twice, then each proves itself alone before anything else is handed out.
+    assert order == [(0, False), (1, False)] * 2 + [(0, True), (1, True), (2, False), (3, False), (4, False), (5, False)]
+
+
+def test_a_worker_without_a_block_may_die(tmp_path: Path) -> None:
+    lost = WorkerLost(0, (), "killed", infrastructure=False)
+    run = Run(tmp_path / "out", Scripted(before=[WorkerReady(0, {}), lost]))
+    tally = run(range(3))
+    assert (tally.computed, tally.workers_lost, tally.workers) == (3, 1, 1)
+    assert run.notes == ["worker 0 was lost (killed); it had no block in hand"]
+
+
+# ---------------------------------------------------------------- workers that do not start
+
+
+def test_a_few_workers_may_fail_to_start(tmp_path: Path) -> None:
+    failures: list[Event] = [WorkerFailed(w, "no room", fatal=False) for w in range(4)]
+    run = Run(tmp_path / "out", Scripted(before=[*failures, WorkerReady(0, {}), *failures]), workers=2)
+    assert run(range(3)).computed == 3
+    assert run.notes.count("worker 1 could not start: no room") == 2
+
+
+def test_when_none_in_a_row_could_start_the_job_stops(tmp_path: Path) -> None:
+    executor = Scripted(before=[WorkerFailed(w, "no room", fatal=False) for w in range(99)])
+    run = Run(tmp_path / "out", executor, workers=2)
+    with pytest.raises(WorkersLostError, match="5 workers in a row could not start, the last one: no room"):
+        run(range(3))
+    assert executor.stopped == 1
+
+
+def test_what_no_worker_can_load_is_the_user_s_input(tmp_path: Path) -> None:
+    executor = Scripted(before=[WorkerFailed(0, "the bundle is damaged", fatal=True)])
+    with pytest.raises(InputError, match="the bundle is damaged"):
+        Run(tmp_path / "out", executor, workers=9)(range(3))
+    assert executor.stopped == 1
+
+
+def test_every_worker_s_device_is_checked(tmp_path: Path) -> None:
+    seen = []
+    run = Run(tmp_path / "out", Scripted({1: ["crash", "done"]}, workers=2), workers=2)
+    run.check = lambda found: seen.append(found["name"])
+    run(range(4))
+    assert seen == ["cpu0", "cpu1", "cpu"]
+
+    def refuse(found: dict[str, str]) -> None:
+        raise InputError("another device")
+
+    executor = Scripted()
+    run = Run(tmp_path / "other", executor)
+    run.check = refuse
+    with pytest.raises(InputError, match="another device"):
+        run(range(4))
+    assert executor.invoked == []
+
+
+# ---------------------------------------------------------------- whatever is raised, receipts are kept
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+    executor = Scripted({6: ["ctrl-c"]})
+    run = Run(tmp_path / "out", executor)
+    with pytest.raises(KeyboardInterrupt):
+        run(range(10))
+    assert run.receipts == set(range(6))
+    assert executor.stopped == 1
+
+
+def test_receipts_are_kept_even_where_the_workers_do_not_stop(tmp_path: Path) -> None:
+    run = Run(tmp_path / "out", Scripted({6: ["job"]}, stop_error=RuntimeError("cannot stop")))
+    with pytest.raises(RuntimeError, match="cannot stop"):
+        run(range(10))
+    assert run.receipts == set(range(6))
+
+
+def test_receipts_are_kept_where_an_executor_does_not_start(tmp_path: Path) -> None:
+    class Broken(Scripted):
+        def start(self) -> None:
+            raise InputError("no cluster there")
+
+    executor = Broken()
+    run = Run(tmp_path / "out", executor)
+    run.ledger.add(Receipt(77, {}, {}))
+    with pytest.raises(InputError, match="no cluster there"):
+        run(range(10))
+    assert (run.receipts, executor.stopped) == ({77}, 1)
+
+
+def test_a_resumed_run_computes_only_what_has_no_receipt(tmp_path: Path) -> None:
+    first = Run(tmp_path / "out", Scripted({6: ["ctrl-c"]}))
+    with pytest.raises(KeyboardInterrupt):
+        first(range(10))
+    first.ledger.end(None)
+    executor = Scripted()
+    second = Run(tmp_path / "out", executor)
+    receipts = second.ledger.receipts()
+    second(index for index in range(10) if index not in receipts)
+    assert executor.invoked == [6, 7, 8, 9]
+    assert second.receipts == set(range(10))
