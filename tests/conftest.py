@@ -46,7 +46,7 @@ def flat_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     from tests.support import Case, make_bundle, smooth, store
 
     folder = tmp_path_factory.mktemp("flat")
-    image = store(folder / "image.zarr", smooth((21, 40, 34), seed=5))
+    image = store(folder / "image.zarr", smooth((13, 26, 22), seed=5))
     return Case(image, make_bundle(folder / "bundle", dims=2, classes=2, patch=(1, 16, 16)), folder)
 
 

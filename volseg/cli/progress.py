@@ -37,17 +37,18 @@ class ProgressLine:
         if self._console.is_terminal:
             self._rich = Progress(
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn(self._unit), TextColumn("{task.fields[extra]}"), TimeElapsedColumn(), TextColumn("left"),
+                TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[extra]}"), TimeElapsedColumn(), TextColumn("left"),
                 TimeRemainingColumn(), console=self._console, transient=False,
             )  # fmt: skip
             self._rich.start()
-            self._task = self._rich.add_task(self._title, total=None, extra="")
+            self._task = self._rich.add_task(self._title, total=None, extra="", unit=self._unit)
         return self
 
-    def update(self, done: int, total: int, extra: str = "") -> None:
-        """Show that `done` of `total` is reached."""
+    def update(self, done: int, total: int, extra: str = "", unit: str | None = None) -> None:
+        """Show that `done` of `total` is reached; `unit` replaces the one given at the start."""
+        self._unit = self._unit if unit is None else unit
         if self._rich is not None and self._task is not None:
-            self._rich.update(self._task, completed=done, total=total, extra=extra)
+            self._rich.update(self._task, completed=done, total=total, extra=extra, unit=self._unit)
             return
         now = time.monotonic()
         ended = done >= total
@@ -55,7 +56,7 @@ class ProgressLine:
             return
         elapsed = now - self._started
         left = f", about {clock(elapsed / done * (total - done))} left" if done and not ended else ""
-        line = " ".join(filter(None, [f"{self._title}: {done}/{total}", self._unit, extra]))
+        line = " ".join(filter(None, [f"{self._title}: {done}/{total}", self._unit and f"{self._unit},", extra]))
         if line != self._last:
             print(f"{line}, {clock(elapsed)}{left}", file=sys.stderr, flush=True)
             self._printed, self._last = now, line

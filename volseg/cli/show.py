@@ -102,7 +102,11 @@ class TrainingLine:
         extra = f"loss {now.loss:.3f}"
         if now.val_dice is not None:
             extra += f", validation Dice {now.val_dice:.3f}"
-        self._line.update(now.step, now.max_steps, extra)
+        # Whichever limit comes first is what the bar counts towards.
+        if now.max_seconds is not None and now.seconds / now.max_seconds > now.step / now.max_steps:
+            self._line.update(int(now.seconds), int(now.max_seconds), f"step {now.step}, {extra}", unit="s")
+        else:
+            self._line.update(now.step, now.max_steps, extra, unit="steps")
 
 
 def _plain(value: Any) -> str:

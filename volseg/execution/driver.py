@@ -39,6 +39,10 @@ class Tally:
     peak_memory: int = 0
     stats: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    ready: float | None = None
+    """When the first worker was ready; on the clock of `started`."""
+    ended: float | None = None
+    """When the last block was done or set aside."""
 
     @property
     def done(self) -> int:
@@ -99,6 +103,7 @@ class Driver:
             while True:
                 waiting = self._hand_out(pending, waiting)
                 if waiting is None and not (self._in_flight or self._again or self._alone):
+                    self._tally.ended = time.monotonic()
                     return
                 for event in self._executor.wait(TICK_SECONDS):
                     self._handle(event)
@@ -135,6 +140,7 @@ class Driver:
             case WorkerReady():
                 self._hooks.check_fingerprint(event.fingerprint)
                 self._failed_starts = 0
+                self._tally.ready = self._tally.ready or time.monotonic()
                 self._tally.workers += 1
             case BlockDone():
                 self._done(event)

@@ -6,9 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -93,7 +95,7 @@ def local_cores(spec: SegmentSpec) -> Cores:
     """Return what this machine offers."""
     cpus, gpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 0
     device = spec.device
-    if device != "cpu":
+    if device != "cpu" and _may_have_gpu():
         # Asking for GPUs loads torch, which a plan for CPUs does not need.
         from volseg.inference.predictor import count_gpus
 
@@ -104,6 +106,11 @@ def local_cores(spec: SegmentSpec) -> Cores:
         )
     device = "cuda" if gpus else "cpu"
     return Cores(cpus, gpus, device, gpus or cpus, int(psutil.virtual_memory().available * _SHARE_OF_FREE))
+
+
+def _may_have_gpu() -> bool:
+    """Tell whether a GPU driver is there; asking torch takes seconds that most laptops need not wait."""
+    return sys.platform != "linux" or any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "dxg", "kfd"))
 
 
 def executor_of(spec: SegmentSpec, cores: Cores) -> str:
