@@ -210,12 +210,12 @@ def test_slice_axes(flat_case: Case, tmp_path: Path, axis: str, patch: Triple) -
 
 def test_slice_axis_of_the_bundle(flat_case: Case, tmp_path: Path) -> None:
     """A bundle trained along y keeps its axis, and its patch turns with another one."""
-    bundle = make_bundle(tmp_path / "bundle", dims=2, classes=2, patch=(16, 1, 12), axis="y")
+    bundle = make_bundle(tmp_path / "bundle", dims=2, classes=2, patch=(12, 1, 16), axis="y")
     case = Case(flat_case.image, bundle, tmp_path)
     own = bits(case, tmp_path / "own.zarr")
-    assert_close(own, blended(case, (16, 1, 12), 0.25, "gaussian", 1))
-    assert_same(bits(case, tmp_path / "named.zarr", axis="y", patch="16,1,12"), own)
-    assert_close(bits(case, tmp_path / "turned.zarr", axis="z"), blended(case, (1, 16, 12), 0.25, "gaussian", 0))
+    assert_close(own, blended(case, (12, 1, 16), 0.25, "gaussian", 1))
+    assert_same(bits(case, tmp_path / "named.zarr", axis="y", patch="12,1,16"), own)
+    assert_close(bits(case, tmp_path / "turned.zarr", axis="z"), blended(case, (1, 12, 16), 0.25, "gaussian", 0))
 
 
 def test_threshold_decides_between_two(flat_case: Case, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ IN_HAND = 2
 
 @dataclass
 class Scripted:
-    """Workers in memory. `script` holds the fates of a block's attempts in order, the last one for ever; others are done.
+    """Workers in memory. `script` has the fates of a block's attempts in order, the last one for ever; others are done.
 
     Each `wait` brings the oldest block of one worker to its end. A crash takes all blocks of the worker with it.
     """
@@ -107,7 +107,7 @@ class Run:
             size=lambda index: 10,
             report=lambda tally: self.reports.append(tally.as_dict()),
             note=self.notes.append,
-            check_fingerprint=lambda found: self.check(found),
+            check_fingerprint=lambda found: self.check(found),  # noqa: PLW0108 - a test may set it later
         )
         self.driver = Driver(executor, self.ledger, self.tally, hooks, attempts=attempts, workers=workers)
 
@@ -277,7 +277,14 @@ def test_a_suspect_waits_for_an_idle_worker_and_then_the_others_go_on(tmp_path: 
     executor = Watched({0: ["crash", "crash", "done"]})
     Run(tmp_path / "out", executor)(range(6))
     # Blocks 0 and 1 fall together twice, then each proves itself alone before anything else is handed out.
-    assert order == [(0, False), (1, False)] * 2 + [(0, True), (1, True), (2, False), (3, False), (4, False), (5, False)]
+    assert order == [(0, False), (1, False)] * 2 + [
+        (0, True),
+        (1, True),
+        (2, False),
+        (3, False),
+        (4, False),
+        (5, False),
+    ]
 
 
 def test_a_worker_without_a_block_may_die(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from volseg.storage import files
 @pytest.fixture(params=["path", "file URI", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Return a folder, local by path and by URI, and remote."""
-    uri = {"path": str(tmp_path), "file URI": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
+    uri = {"path": str(tmp_path), "file URI": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[
+        request.param
+    ]
     yield uri
     files.remove(uri)
 
@@ -73,7 +75,8 @@ def test_names_are_listed_and_removed(root: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "local"), [("a/b", True), ("/a/b", True), ("file:///a", True), ("s3://bucket/a", False), ("memory://a", False)]
+    ("uri", "local"),
+    [("a/b", True), ("/a/b", True), ("file:///a", True), ("s3://bucket/a", False), ("memory://a", False)],
 )
 def test_what_is_local(uri: str, local: bool) -> None:
     assert files.is_local(uri) == local
@@ -111,7 +114,9 @@ def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     assert only(tmp_path) == ["state"]
 
 
-def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = str(tmp_path / "state")
     files.write_bytes(uri, b"old")
     real = Path.write_bytes

@@ -51,11 +51,17 @@ TRAIN: dict[str, tuple[str, Any, Any]] = {
     "patch": ("1,64,64", "1,64,64", (1, 64, 64)),
     "batch": ("8", 8, 8),
     "widths": ("16,32,64", [16, 32, 64], (16, 32, 64)),
+    "pools": ("1,2,2;2,2,2", [[1, 2, 2], [2, 2, 2]], ((1, 2, 2), (2, 2, 2))),
+    "convs": ("3", 3, 3),
+    "activation": ("silu", "silu", "silu"),
+    "up": ("nearest", "nearest", "nearest"),
     "norm": ("group", "group", "group"),
     "residual": ("no", False, False),
     "dropout": ("0.1", 0.1, 0.1),
     "learning_rate": ("0.001", 0.001, 0.001),
     "weight_decay": ("0", 0, 0.0),
+    "augment": ("no", False, False),
+    "precision": ("bf16", "bf16", "bf16"),
     "max_steps": ("500", 500, 500),
     "max_minutes": ("2.5", 2.5, 2.5),
     "seed": ("7", 7, 7),
@@ -127,16 +133,15 @@ def test_an_option_means_the_same_whichever_way_it_comes(
 @pytest.mark.parametrize(("model", "command", "table"), CASES)
 def test_all_options_together(tmp_path: Path, model: type[Spec], command: str, table: dict[str, Any]) -> None:
     first = [name for name in ("input", "output") if name in table]
-    flags = [word for name in [*first, *(n for n in table if n not in first)] for word in as_flags(name, table[name][0])]
+    flags = [
+        word for name in [*first, *(n for n in table if n not in first)] for word in as_flags(name, table[name][0])
+    ]
     expected = model.read({name: value for name, (_, _, value) in table.items()})
     assert read(command, *flags) == expected
     values = {name: value for name, (_, value, _) in table.items()}
     assert read(command, "--spec", write(tmp_path / "spec.yaml", values)) == expected
-    sets = [word for name, (text, value, _) in table.items() for word in ("--set", f"{name}={text}") if value is not False]
-    sets = [word.replace("probabilities=", "probabilities=yes").replace("overwrite=", "overwrite=yes") for word in sets]
-    words = [w for pair in zip(sets[::2], sets[1::2], strict=True) if not pair[1].endswith("=no") for w in pair]
-    left = {name: value for name, (_, value, _) in table.items() if value is False}
-    assert read(command, "--spec", write(tmp_path / "left.yaml", left), *words) == expected
+    texts = {name: {"": "yes"}.get(text, text) for name, (text, _, _) in table.items()}
+    assert read(command, *(word for name, text in texts.items() for word in ("--set", f"{name}={text}"))) == expected
 
 
 def test_plan_takes_what_segment_takes() -> None:
@@ -194,7 +199,7 @@ def test_a_dotted_key_sets_one_field_of_a_group(tmp_path: Path) -> None:
     Arguments.spec = ""
     assert read_spec(Arguments, Outer).schedule == Inner(rate=0.5)  # type: ignore[arg-type]
     Arguments.assignments = ("schedule.rte=0.5",)
-    with pytest.raises(SpecError, match=r"unknown option 'schedule.rte' \(did you mean 'schedule.rate'\?\)"):
+    with pytest.raises(SpecError, match=r"unknown option 'schedule\.rte'"):
         read_spec(Arguments, Outer)  # type: ignore[arg-type]
 
 
@@ -235,6 +240,7 @@ def test_wrong_words_are_refused(words: tuple[str, ...], says: str) -> None:
         ("input: a\noutput: b\nmodel: m\nbatchsize: 2\n", "unknown option 'batchsize' (did you mean 'batch'?)"),
         ("input: a\noutput: b\nmodel: m\nallow-device: x\n", "(did you mean 'allow_device'?)"),
         ("input: [", "is no YAML"),
+        ("roi: 0:14,:,:\n", "quote values with colons, such as roi: '0:14,:,:'"),
         ("- a\n- b\n", "must hold 'option: value' lines"),
         ("", "must hold 'option: value' lines"),
         ("1: a\n", "must hold 'option: value' lines"),

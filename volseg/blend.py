@@ -25,8 +25,8 @@ ONE = 1 << 30
 
 Window = Literal["gaussian", "constant"]
 
-# The Gaussian's width follows nnU-Net (Isensee et al. 2021): sigma = patch / 8. The floor keeps the sums that the weights
-# are divided by far from zero where only far corners of patches cover a voxel.
+# The Gaussian's width follows nnU-Net (Isensee et al. 2021): sigma = patch / 8. The floor keeps the sums that the
+# weights are divided by far from zero where only far corners of patches cover a voxel.
 _SIGMA = 1 / 8
 _FLOOR = 1e-3
 

@@ -22,7 +22,7 @@ _SHORT_JOB = 32  # patches a worker; below this a restart costs less than border
 
 
 def chunk_for(shard: Triple) -> Triple:
-    """Return the chunk of a shard: on each axis the largest divisor up to CHUNK_SIDE, or the side where that is tiny."""
+    """Return the chunk of a shard: on each axis the largest divisor up to CHUNK_SIDE, the side where that is tiny."""
     z, y, x = (_divisor(side) for side in shard)
     return z, y, x
 
@@ -40,11 +40,11 @@ def choose_block(
     `unit` is what a block must be a multiple of (a given shard or chunk), `fits` tells whether a worker can hold a
     block. The score is the number of forwards of the busiest worker, plus a little for each block's own cost.
     """
-    sides = [_sides(axis.size, axis.stride, unit[i] if unit else None) for i, axis in enumerate(lattice.axes)]
-    tables = [{side: _axis_load(lattice, region, axis, side) for side in sides[axis]} for axis in range(3)]
+    z, y, x = _candidates(lattice, unit)
+    tables = [{side: _axis_load(lattice, region, i, side) for side in sides} for i, sides in enumerate((z, y, x))]
     long_job = lattice.count_touching(region) > _SHORT_JOB * workers
     best: tuple[tuple[bool, float], Triple] | None = None
-    for block in product(*sides):
+    for block in product(z, y, x):
         loads = [table[side] for table, side in zip(tables, block, strict=True)]
         blocks = prod(load.blocks for load in loads)
         makespan = _makespan(prod(load.total for load in loads), prod(load.largest for load in loads), blocks, workers)
@@ -56,7 +56,12 @@ def choose_block(
 
 def smallest_block(lattice: PatchLattice, unit: Triple | None = None) -> Triple:
     """Return the smallest block that `choose_block` considers."""
-    z, y, x = (min(_sides(axis.size, axis.stride, unit[i] if unit else None)) for i, axis in enumerate(lattice.axes))
+    z, y, x = (min(sides) for sides in _candidates(lattice, unit))
+    return z, y, x
+
+
+def _candidates(lattice: PatchLattice, unit: Triple | None) -> tuple[list[int], list[int], list[int]]:
+    z, y, x = (_sides(axis.size, axis.stride, unit[i] if unit else None) for i, axis in enumerate(lattice.axes))
     return z, y, x
 
 

@@ -62,9 +62,7 @@ def test_tiles_cut_a_box_along_the_anchored_grid(box: Box, tile: Triple) -> None
     assert set().union(*map(voxels, tiles)) == voxels(box)
     for part in tiles:
         assert part.size > 0
-        assert all(
-            a // side == (b - 1) // side for a, b, side in zip(part.start, part.stop, tile, strict=True)
-        )
+        assert all(a // side == (b - 1) // side for a, b, side in zip(part.start, part.stop, tile, strict=True))
     assert [t.start for t in tiles] == sorted(t.start for t in tiles)
 
 

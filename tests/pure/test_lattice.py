@@ -70,8 +70,8 @@ def lattices_with_box(draw: st.DrawFn) -> tuple[PatchLattice, Box]:
     for axis in axes:
         start = draw(st.integers(0, axis.size - 1))
         spans.append((start, draw(st.integers(start + 1, axis.size))))
-    start, stop = zip(*spans, strict=True)
-    return PatchLattice(shape, patch, stride), Box(start, stop)
+    (z0, z1), (y0, y1), (x0, x1) = spans
+    return PatchLattice(shape, patch, stride), Box((z0, y0, x0), (z1, y1, x1))
 
 
 @given(lattices_with_box())

@@ -30,7 +30,12 @@ def test_the_defaults_need_no_more_than_the_places() -> None:
 
 @pytest.mark.parametrize(
     ("misspelt", "right"),
-    [("ovelap", "overlap"), ("train-roi", "train_roi"), ("probabilites", "probabilities"), ("max_minute", "max_minutes")],
+    [
+        ("ovelap", "overlap"),
+        ("train-roi", "train_roi"),
+        ("probabilites", "probabilities"),
+        ("max_minute", "max_minutes"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_name(misspelt: str, right: str) -> None:
     model = SegmentSpec if right in SegmentSpec.model_fields else TrainSpec

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's input is wrong, 3 partial, 4 failed, 130 interr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -64,7 +65,9 @@ def execute(words: Sequence[str] | None) -> commands.Result:
     if arguments.command is None:
         return {}, parser.format_help(), 0
     run: Callable[[Any], commands.Result] = arguments.run
-    return run(arguments)
+    # Libraries print, Ray about every worker that dies: only the result may stand on stdout.
+    with contextlib.redirect_stdout(sys.stderr):
+        return run(arguments)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

@@ -32,8 +32,9 @@ def parse(parser: Parser, commands: dict[str, Parser], words: Sequence[str] | No
         command = commands.get(getattr(arguments, "command", None) or "", parser)
         known = [option for action in command._actions for option in action.option_strings]
         word = next((w for w in rest if w.startswith("-")), rest[0])
+        hint = nearest(word.split("=")[0], known)
         raise SpecError(
-            f"unknown argument {word!r}{nearest(word.split('=')[0], known)}; nothing was done: '{command.prog} --help' lists them"
+            f"unknown argument {word!r}{hint}; nothing was done: '{command.prog} --help' lists what there is"
         )
     return arguments
 
@@ -91,7 +92,10 @@ def _load_yaml(path: str) -> dict[str, Any]:
         raise SpecError(f"spec {path} cannot be read ({error.strerror}); nothing was done: check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise SpecError(f"spec {path} is no YAML ({reason}); nothing was done: correct it") from None
+        raise SpecError(
+            f"spec {path} is no YAML ({reason}); nothing was done: correct it, and quote values with colons, such as "
+            "roi: '0:14,:,:'"
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise SpecError(f"spec {path} must hold 'option: value' lines; nothing was done: see 'volseg segment --help'")
     return content
@@ -99,9 +103,11 @@ def _load_yaml(path: str) -> dict[str, Any]:
 
 def _parse_value(text: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError:
         raise SpecError(f"--set {text!r}: the value is no YAML: quote it") from None
+    # To YAML, a region such as 0:14,:,: is a group with a key that ends before the last colon.
+    return value.strip() if isinstance(found, dict) and not value.lstrip().startswith("{") else found
 
 
 def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -37,8 +37,8 @@ class ProgressLine:
         if self._console.is_terminal:
             self._rich = Progress(
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[extra]}"), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), console=self._console, transient=False,
+                TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[extra]}"), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), console=self._console, transient=False,
             )  # fmt: skip
             self._rich.start()
             self._task = self._rich.add_task(self._title, total=None, extra="", unit=self._unit)
@@ -89,7 +89,7 @@ def clock(seconds: float) -> str:
 def quantity(value: float, unit: str = "") -> str:
     """Write a large number with k, M, G or T."""
     for sign in ("", "k", "M", "G"):
-        if abs(value) < 1000:
+        if abs(value) < 999.5:
             return f"{value:.3g} {sign}{unit}".rstrip()
         value /= 1000
     return f"{value:.3g} T{unit}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from volseg.cluster.session import RaySession
 from volseg.cluster.worker import WORKER_ENVIRONMENT, SegmentActor, Started
@@ -108,11 +108,15 @@ class RayExecutor:
         actor: Any = ray.remote(SegmentActor).options(**options).remote()
         return _Slot(self._number, actor, actor.start.remote(*self._job))
 
-    def _take(self, slot: _Slot, ref: Any, events: list[Event]) -> RayActorError | None:
+    def _take(self, slot: _Slot, ref: Any, events: list[Event]) -> RayError | None:
         """Turn one finished call into an event; return the error when its actor is dead."""
         try:
             answer = ray.get(ref)
-        except RayActorError as error:
+        except RayTaskError as error:
+            # The actor lives, and its code raised what it should have returned as a value: an error of volseg itself.
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except RayError as error:
+            # Dead, out of memory, its node gone: whatever the name, this actor gives no answer any more.
             return error
         if isinstance(answer, Started):
             slot.starting = None
@@ -132,7 +136,9 @@ class RayExecutor:
             events.append(BlockDone(outcome, slot.number, peak))
         return None
 
-    def _replace(self, slot: _Slot, error: RayActorError) -> Event:
+    def _replace(self, slot: _Slot, error: RayError) -> Event:
+        # One that is only out of reach would keep the core that its successor needs.
+        ray.kill(slot.actor)
         self._slots[self._slots.index(slot)] = self._spawn()
         cause = " ".join(str(error).split())
         brief = cause[:300]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +38,17 @@ class RaySession:
         """
         if ray.is_initialized():
             return self
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            self._connect()
+        finally:
+            # Ray puts its own handler in place, which ends the process with no word on how to go on.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+        self._owned = True
+        return self
+
+    def _connect(self) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         if self._address:
             try:
@@ -54,8 +67,6 @@ class RaySession:
                 object_store_memory=_EMBEDDED_STORE,
                 **quiet,
             )
-        self._owned = True
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

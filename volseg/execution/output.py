@@ -42,18 +42,23 @@ def clear_for(job: Prepared, note: Note) -> None:
         if nodes.read_node(output) is None and Ledger(output, job.job_key).header() is not None:
             return
         raise OutputExistsError(
-            f"output {output} exists and volseg did not write it; nothing was done: choose another place, or move it away"
+            f"output {output} exists and volseg did not write it; nothing was done: choose another place, or move it "
+            "away"
         )
     other_key = str(marks["job_key"])
-    if other_key == job.job_key:
-        return
     other = Ledger(output, other_key)
+    header = other.header()
+    if header is not None and other_key == job.job_key:
+        return
     if not job.spec.overwrite:
-        header = other.header()
-        difference = _difference(header["identity"] if header else {}, job.identity)
+        if header is None:
+            raise OutputExistsError(
+                f"output {output} exists, but its ledger {other.path} is gone, so nothing in it can be trusted; nothing "
+                "was done: bring the ledger back, choose another place, or make it anew with --overwrite"
+            )
         raise OutputExistsError(
-            f"output {output} holds another job's result ({difference}); nothing was done: choose another place, or "
-            "replace it with --overwrite"
+            f"output {output} holds another job's result ({_difference(header['identity'], job.identity)}); nothing was "
+            "done: choose another place, or replace it with --overwrite"
         )
     wait_for_driver(other, note)
     files.remove(output)
@@ -85,6 +90,7 @@ def create_output(job: Prepared) -> None:
     spec, plan, manifest = job.spec, job.plan, job.manifest
     # The last of what is written below: while it is missing, a driver died on the way here.
     if files.exists(files.join(spec.output, "0", "zarr.json")):
+        _check_mine(job)
         return
     marks = {
         "status": "incomplete", "job_key": job.job_key, "region": str(plan.region),
@@ -108,16 +114,27 @@ def create_output(job: Prepared) -> None:
     create_array(spec.output, layout, attributes)
 
 
+def _check_mine(job: Prepared) -> None:
+    """Raise OutputExistsError where another job made the output since `clear_for` looked."""
+    marks = marks_of(job.spec.output)
+    if marks is None or marks["job_key"] != job.job_key:
+        raise OutputExistsError(
+            f"another job began to write {job.spec.output} at the same time; this one stopped: choose another place, or "
+            "wait for the other one and replace it with --overwrite"
+        )
+
+
 def finish(job: Prepared, receipts: Mapping[int, Receipt]) -> None:
     """Check that every block has a receipt and every object its size; then, and only then, say complete.
 
-    Raises VerifyError.
+    Raises VerifyError, and OutputExistsError where another job took the place.
     """
+    _check_mine(job)
     without = len(job.plan.grid) - len(receipts)
     if without:
         raise VerifyError(
-            f"{without} block(s) have no receipt in {ledger_root(job.spec.output)}; the output stays incomplete: run the "
-            "same command again"
+            f"{without} block(s) have no receipt in {ledger_root(job.spec.output)}; the output stays incomplete: run "
+            "the same command again"
         )
     lost = unsound(job.spec.output, receipts)
     if lost:
@@ -151,7 +168,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
-    return "; ".join(parts) or "its ledger is gone"
+    return "; ".join(parts)
 
 
 def _brief(value: object) -> str:

@@ -143,7 +143,9 @@ def prepare(spec: SegmentSpec, cores: Cores, executor: str, block: Triple | None
     limit = int(spec.memory * GIB) if spec.memory else min(_MOST_MEMORY, cores.memory // (cores.slots or workers))
     resources = Resources(workers, limit, cores.device, BASELINE_SERIAL if executor == "serial" else BASELINE_ACTOR)
     facts = VolumeFacts(volume.shape, volume.channels or 1, volume.dtype.itemsize)
-    plan = make_plan(spec, facts, model_facts(manifest, spec), resources, block)
+    # The storage of an unfinished job is kept with its grid, whatever is asked for now.
+    asked = spec if block is None else spec.model_copy(update={"chunks": None, "shards": None})
+    plan = make_plan(asked, facts, model_facts(manifest, spec), resources, block)
     return Prepared(spec, volume, manifest, plan)
 
 

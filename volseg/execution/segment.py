@@ -22,8 +22,8 @@ def run_job(
     """Bring the output of `job` to completion and return the report.
 
     `replan` makes the plan anew with the block grid of an earlier run of the same job. Where another process drives the
-    job, this one waits and takes over only what is left. Raises JobError, InputError, JobInterrupted; what has a receipt
-    is kept in every case.
+    job, this one waits and takes over only what is left. Raises JobError, InputError, JobInterrupted; what has a
+    receipt is kept in every case.
     """
     started = time.monotonic()
     clear_for(job, note)
@@ -72,7 +72,8 @@ def _drive(
             driver.run(_without(len(grid), receipts))
         except KeyboardInterrupt:
             raise JobInterrupted(
-                f"interrupted: {tally.done} of {tally.total} blocks are done and kept; run the same command again to go on"
+                f"interrupted: {tally.done} of {tally.total} blocks are done and kept; run the same command again to "
+                "go on"
             ) from None
     if not tally.failed:
         finish(job, ledger.receipts())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from volseg.errors import BlockError, VolumeError
+from volseg.errors import BlockError, VerifyError, VolumeError
 from volseg.execution.output import marks_of, unsound
 from volseg.geometry import BlockGrid, Box
 from volseg.storage import files
@@ -21,7 +21,7 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
 
     With `deep`, every block is read and its digest compared, too. The answer's `status` is verified, incomplete (blocks
     without a receipt, or the job did not end) or damaged (blocks named in `damaged`). Raises VolumeError where `output`
-    is no segmentation of volseg.
+    is no segmentation of volseg, VerifyError where the metadata of an array of it is gone.
     """
     output = files.absolute(output)
     marks = marks_of(output)
@@ -35,9 +35,10 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
     region = Box.parse(header["region"], (shape[0], shape[1], shape[2]))
     grid = BlockGrid((shape[0], shape[1], shape[2]), (block[0], block[1], block[2]), region)
     receipts = ledger.receipts()
+    arrays = _open({name for receipt in receipts.values() for name in receipt.digests}, output)
     damaged = dict.fromkeys(unsound(output, receipts), "an object is absent or has another size")
     if deep:
-        damaged |= _compare(output, grid, {i: r for i, r in receipts.items() if i not in damaged}, progress)
+        damaged |= _compare(arrays, grid, {i: r for i, r in receipts.items() if i not in damaged}, progress)
     missing = len(grid) - len(receipts)
     complete = marks.get("status") == "complete" and not missing
     return {
@@ -59,14 +60,21 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
     }
 
 
-def _compare(output: str, grid: BlockGrid, receipts: dict[int, Receipt], progress: Progress | None) -> dict[int, str]:
+def _open(names: Iterable[str], output: str) -> dict[str, ArrayWriter]:
+    try:
+        return {name: ArrayWriter(files.join(output, name)) for name in sorted(names)}
+    except VolumeError as error:
+        raise VerifyError(f"the result in {output} cannot be read: {error}") from None
+
+
+def _compare(
+    arrays: Mapping[str, ArrayWriter], grid: BlockGrid, receipts: dict[int, Receipt], progress: Progress | None
+) -> dict[int, str]:
     damaged: dict[int, str] = {}
-    readers: dict[str, ArrayWriter] = {}
     for count, (index, receipt) in enumerate(receipts.items(), start=1):
         for name, wanted in receipt.digests.items():
-            reader = readers.setdefault(name, ArrayWriter(files.join(output, name)))
             try:
-                found = digest(reader.read(grid.box(index)))
+                found = digest(arrays[name].read(grid.box(index)))
             except (OSError, BlockError) as error:
                 damaged[index] = f"{name}: {error}"
                 continue

@@ -86,8 +86,7 @@ class PatchLattice:
 
     def touching(self, box: Box) -> Iterator[Triple]:
         """Yield the patches that share a voxel with `box`, in C order."""
-        for i, j, k in product(*self.ranges(box)):
-            yield i, j, k
+        yield from product(*self.ranges(box))
 
     def ranges(self, box: Box) -> tuple[range, range, range]:
         """Return, axis by axis, the indices of the patches that share a voxel with `box`."""

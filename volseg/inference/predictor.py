@@ -65,19 +65,20 @@ class Predictor:
                 place.sub_(self._mean).mul_(self._inverse_std)
             started = time.perf_counter()
             with nullcontext() if self.forwards else large_blocks_mapped():
-                probabilities = self._activate(self._forward())
+                probabilities = self._activate(self._forward(len(group)))
             self.seconds += time.perf_counter() - started
             self.forwards += len(group)
             yield from probabilities[: len(group)]
 
-    def _forward(self) -> Tensor:
+    def _forward(self, count: int) -> Tensor:
         x = self._input.to(self._dtype)
         if self._flat is None:
             logits: Tensor = self._network(x.contiguous(memory_format=torch.channels_last_3d))
         else:
             flat = self._flat + 2
             logits = self._network(x.squeeze(flat).contiguous(memory_format=torch.channels_last)).unsqueeze(flat)
-        if not bool(torch.isfinite(logits).all()):
+        # The places beyond hold what stood there before, perhaps the patch that another block failed with.
+        if not bool(torch.isfinite(logits[:count]).all()):
             raise NonFiniteError(
                 "the network answered NaN or Inf; the block was set aside: look for extreme grey values there, or "
                 "train the model longer"

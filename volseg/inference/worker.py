@@ -39,6 +39,8 @@ class Worker:
 
     def attempt(self, index: int) -> Receipt | Failure:
         """Process one block; see `volseg.inference.attempt`."""
+        # OpenMP counts for every thread that calls it: in a new one, a small convolution would use all cores.
+        torch.set_num_threads(1)
         return attempt(self._processor.process, index)
 
     def peak_memory(self) -> int:

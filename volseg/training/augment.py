@@ -124,7 +124,7 @@ def take(values: NDArray[np.float32], grid: Tensor, mode: str) -> Tensor:
 
 
 def change_intensity(image: Tensor, how: Augmentation, rng: np.random.Generator) -> Tensor:
-    """Return `image` (c, ...), in units of its std, with another contrast, brightness, gamma, shading, blur and noise."""
+    """Return `image` (c, ...), in units of its std, with another contrast, brightness, shading, blur and noise."""
     patch = (image.shape[1], image.shape[2], image.shape[3])
     if rng.random() < how.intensity_probability:
         image = image * float(np.exp(rng.uniform(-1, 1) * np.log1p(how.gain))) + float(

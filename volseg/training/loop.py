@@ -18,7 +18,7 @@ from volseg.training.average import WeightAverage
 from volseg.training.losses import sigmoid_loss, softmax_loss
 from volseg.training.metrics import Scores
 from volseg.training.progress import TrainProgress
-from volseg.training.replicas import Gradients
+from volseg.training.replicas import Gradients, share_cores
 from volseg.training.sampler import Prefetcher, Sampler
 from volseg.training.schedule import learning_rate, progress_of
 from volseg.training.validate import Validator
@@ -145,7 +145,8 @@ def fit(task: Task, context: Context, stored: State | None = None) -> Outcome:
     if stored is not None:
         run.restore(stored)
     loss = sigmoid_loss if task.sigmoid else softmax_loss
-    gradients = Gradients(run.network, loss, context.threads, low_precision=context.low_precision)
+    shares = share_cores(context.threads, task.batch, low_precision=context.low_precision)
+    gradients = Gradients(run.network, loss, *shares, low_precision=context.low_precision)
     first, began = run.step, time.monotonic()
     with closing(gradients), closing(Prefetcher(task.sampler, task.batch, run.step)) as patches:
         try:
@@ -173,9 +174,9 @@ def _steps(run: _Run, gradients: Gradients, patches: Prefetcher) -> float:
         for group in run.optimiser.param_groups:
             group["lr"] = rate
         loss = gradients.compute(*patches.next())
-        if not math.isfinite(loss):
-            raise JobError(_diverged(run, loss))
-        torch.nn.utils.clip_grad_norm_(run.network.parameters(), _CLIP)
+        norm = float(torch.nn.utils.clip_grad_norm_(run.network.parameters(), _CLIP))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise JobError(_diverged(run, loss if math.isfinite(norm) else norm))
         run.optimiser.step()
         run.step += 1
         run.average.update(run.network, run.step)
@@ -312,8 +313,9 @@ def _progress(run: _Run, rate: float, patches: Prefetcher) -> TrainProgress:
     )
 
 
-def _diverged(run: _Run, loss: float) -> str:
+def _diverged(run: _Run, value: float) -> str:
+    rate = run.task.learning_rate
     return (
-        f"the loss is {loss} at step {run.step + 1}: training diverged and stopped, the last checkpoint is kept and no "
-        f"bundle was written; run it again with a lower --learning-rate (now {run.task.learning_rate:g}) to go on from it"
+        f"the loss or its gradient is {value} at step {run.step + 1}: training diverged and stopped, no bundle was "
+        f"written; the last checkpoint is kept: run it again with a --learning-rate below {rate:g} to go on from there"
     )

@@ -1,7 +1,7 @@
 """Choosing patch, levels and batch where the user leaves them open: plain arithmetic from shapes and voxel sizes.
 
-The rules are those of nnU-Net (Isensee et al. 2021) in short: axes with coarse voxels are pooled later, patches cover as
-much as the budget of one step allows, and levels end where a patch has become small.
+The rules are those of nnU-Net (Isensee et al. 2021) in short: axes with coarse voxels are pooled later, patches cover
+as much as the budget of one step allows, and levels end where a patch has become small.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _given_patch(spec: TrainSpec) -> Triple | None:
     patch = to_network(spec.patch, spec.axis) if spec.dims == 2 else spec.patch
     if spec.dims == 2 and patch[0] != 1:
         raise PlanError(
-            f"patch {spec.patch} has {patch[0]} slices along {spec.axis}, but a 2D network takes one at a time; nothing "
-            f"was trained: use {to_volume((1, *patch[1:]), spec.axis)}, or --dims 3"
+            f"patch {spec.patch} has {patch[0]} slices along {spec.axis}, but a 2D network takes one at a time; "
+            f"nothing was trained: use {to_volume((1, *patch[1:]), spec.axis)}, or --dims 3"
         )
     return patch
 
@@ -144,8 +144,8 @@ def _fit_patch(spec: TrainSpec, wanted: Triple, region: Triple, pooling: Triple)
     if spec.patch is not None and any(w % p for w, p in zip(wanted, pooling, strict=True)):
         a, b, c = (max(p, w // p * p) for w, p in zip(wanted, pooling, strict=True))
         raise PlanError(
-            f"patch {shown(wanted)} is no multiple of the pooling factor {shown(pooling)}: the network could not put its "
-            f"levels together again; nothing was trained: use {shown((a, b, c))}"
+            f"patch {shown(wanted)} is no multiple of the pooling factor {shown(pooling)}: the network could not put "
+            f"its levels together again; nothing was trained: use {shown((a, b, c))}"
         )
     # A region that is a little smaller than a patch is better filled up than cut down.
     z, y, x = (max(p, (w + p // 2) // p * p) for w, p, _ in zip(wanted, pooling, region, strict=True))

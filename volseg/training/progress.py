@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,8 @@ class TrainProgress:
     data_wait: float = 0.0
 
 
-class ProgressCallback(Protocol):
-    """Called every few steps from the thread that trains."""
-
-    def __call__(self, now: TrainProgress) -> None:
-        """Take one report."""
+ProgressCallback = Callable[[TrainProgress], None]
+"""Called about twice a second from the thread that trains."""
 
 
 @dataclass(frozen=True, slots=True)

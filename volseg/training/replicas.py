@@ -1,7 +1,7 @@
-"""Gradients of a batch: on CPUs by several single-threaded copies of the network, each with a part of the batch.
+"""Gradients of a batch: on CPUs by several copies of the network, each with a part of the batch and of the cores.
 
-Measured on 2 cores, two copies with one thread each do a step faster than one network with two threads, because they
-meet once a step and not at every layer; and other load on the machine does not stall them.
+Copies meet once a step, threads inside a network at every layer: with one thread each, two copies keep two cores busy,
+also where other load on the machine would stall the layers.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ class Gradients:
     first part of each batch. The order of summation is fixed: equal batches give equal gradients.
     """
 
-    def __init__(self, network: nn.Module, loss: Loss, threads: int, *, low_precision: bool) -> None:
+    def __init__(
+        self, network: nn.Module, loss: Loss, replicas: int, threads: int = 1, *, low_precision: bool = False
+    ) -> None:
+        """Share the work among `replicas` copies of `threads` threads each."""
         self._network = network
         self._loss = loss
         self._device = next(network.parameters()).device
         self._format = memory_format(network)
         self._low_precision = low_precision
         self._parameters = list(network.parameters())
-        self._replicas = [network, *(_sharing(network) for _ in range(threads - 1))]
-        self._pool = ThreadPoolExecutor(threads, "replica", torch.set_num_threads, (1,)) if threads > 1 else None
+        self._replicas = [network, *(_sharing(network) for _ in range(replicas - 1))]
+        self._pool = ThreadPoolExecutor(replicas, "replica", torch.set_num_threads, (threads,))
 
     def compute(self, images: Tensor, labels: Tensor) -> float:
         """Set the gradients of one batch, images (b, c, z, y, x) and labels (b, z, y, x), and return its mean loss."""
         parts = min(len(self._replicas), len(images))
         work = list(zip(self._replicas, images.chunk(parts), labels.chunk(parts), strict=False))
-        if self._pool is None:
-            results = [self._part(*item) for item in work]
-        else:
-            results = list(self._pool.map(lambda item: self._part(*item), work))
         total = 0.0
-        for i, (loss, gradients, size) in enumerate(results):
+        for i, (loss, gradients, size) in enumerate(self._pool.map(lambda item: self._part(*item), work)):
             share = size / len(images)
             total += loss * share
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -57,8 +56,7 @@ class Gradients:
 
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
     def _part(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, tuple[Tensor, ...], int]:
         flat = self._format is torch.channels_last
@@ -69,6 +67,15 @@ class Gradients:
             logits = network(x)
         loss = self._loss(logits, y.to(self._device))
         return float(loss.detach()), torch.autograd.grad(loss, self._parameters), len(images)
+
+
+def share_cores(cores: int, batch: int, *, low_precision: bool) -> tuple[int, int]:
+    """Return how many replicas take part in a batch and how many threads each has.
+
+    In fp32 a replica gets two patches at least: for a single one torch leaves oneDNN for a slower kernel.
+    """
+    replicas = max(1, min(cores, batch if low_precision else batch // 2))
+    return replicas, max(1, cores // replicas)
 
 
 def _sharing(network: nn.Module) -> nn.Module:

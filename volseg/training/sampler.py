@@ -27,6 +27,11 @@ IGNORED = -1
 """Label of voxels that no loss and no metric counts, inside the training code."""
 
 
+# How often a tile that was read from storage is used before another takes its place, on average.
+_USES = 16
+_PATCHES_A_STEP = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Region:
     """Image and labels inside a box, all in network coordinates; what lies beyond the box is never read."""
@@ -36,6 +41,13 @@ class Region:
     box: Box
     scaling: Scaling
     ignore: int
+
+    @property
+    def slots(self) -> int | None:
+        """Number of tiles that can be worked on at a time with their neighbours in memory; None where all fit."""
+        if min(self.image.fits(self.box), self.labels.fits(self.box)) >= 1.0:
+            return None
+        return max(4, int(min(self.image.tiles_held, self.labels.tiles_held) / 12))
 
     def read_image(self, box: Box) -> NDArray[np.float32]:
         """Return `box` (c, ...) scaled, the region's border continued outwards. Raises VolumeError on NaN or Inf."""
@@ -79,11 +91,13 @@ class Sampler:
         foreground[0] = 0
         self._by_size = totals / totals.sum()
         self._by_class = foreground / foreground.sum() if foreground.sum() else self._by_size
+        self._until = index.counts.cumsum(axis=0)
+        self._slots = region.slots
 
     def draw(self, step: int, number: int) -> tuple[Tensor, Tensor]:
         """Return patch `number` of `step`: image (c, ...) float32 and labels (...) int64."""
         rng = np.random.default_rng([self._seed, step, number])
-        origin = self._place(rng)
+        origin = self._place(step, rng)
         if self._augmentation is None:
             return self._crop(origin)
         geometry = draw_geometry(self._augmentation, self._patch, rng)
@@ -96,11 +110,8 @@ class Sampler:
         pairs = [self.draw(step, number) for number in range(size)]
         return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
 
-    def _place(self, rng: np.random.Generator) -> Triple:
-        chances = self._by_class if rng.random() < 0.5 else self._by_size
-        cls = int(rng.choice(len(chances), p=chances))
-        counts = self._index.counts[:, cls]
-        tile = self._index.tiles[int(rng.choice(len(counts), p=counts / counts.sum()))]
+    def _place(self, step: int, rng: np.random.Generator) -> Triple:
+        cls, tile = self._pick(self._slot(step, rng))
         labels = self._region.labels.read(tile)[0]
         found = np.flatnonzero(np.ascontiguousarray(labels).reshape(-1) == cls)
         voxel = np.unravel_index(int(found[rng.integers(len(found))]), labels.shape)
@@ -112,6 +123,25 @@ class Sampler:
             origin.append(min(max(start, low), last))
         z, y, x = origin
         return z, y, x
+
+    def _slot(self, step: int, rng: np.random.Generator) -> np.random.Generator:
+        """Return the stream that picks class and tile; where not all tiles fit the cache, one of a few.
+
+        Each of the slots keeps its pick for some steps; they change one after the other, and the picks have the same
+        distribution as free ones.
+        """
+        if self._slots is None:
+            return rng
+        slot = int(rng.integers(self._slots))
+        period = _USES * self._slots
+        generation = (step * _PATCHES_A_STEP + slot * _USES) // period
+        return np.random.default_rng([self._seed, slot, generation, 1])
+
+    def _pick(self, rng: np.random.Generator) -> tuple[int, Box]:
+        chances = self._by_class if rng.random() < 0.5 else self._by_size
+        cls = int(rng.choice(len(chances), p=chances))
+        until = self._until[:, cls]
+        return cls, self._index.tiles[int(np.searchsorted(until, rng.integers(until[-1]), side="right"))]
 
     def _crop(self, origin: Triple) -> tuple[Tensor, Tensor]:
         z, y, x = (a + n for a, n in zip(origin, self._patch, strict=True))
@@ -139,7 +169,7 @@ class Sampler:
 class Prefetcher:
     """Makes batches ahead in a thread of its own; iterate over it from step `first` on, and close it.
 
-    What goes wrong in the thread is raised where the batch is asked for. `waited` is the time spent waiting, in seconds.
+    What goes wrong in the thread is raised where the batch is asked for. `waited`: the seconds spent waiting.
     """
 
     def __init__(self, sampler: Sampler, size: int, first: int, depth: int = 3) -> None:

@@ -1,43 +1,35 @@
-"""`train`: from a spec to a bundle. Opens and checks the data, plans, runs the loop in this process, saves the bundle."""
+"""`train`: from a spec to a bundle. Opens the data, plans, runs the loop in this process, saves the bundle."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
-from volseg.errors import OutputExistsError, SpecError, VolumeError
-from volseg.geometry.box import Box
-from volseg.intensity import Scaling
+from volseg.errors import OutputExistsError, SpecError
 from volseg.models.allocator import keep_freed_memory
 from volseg.models.bundle import save_bundle
-from volseg.models.config import to_network, to_volume
+from volseg.models.config import to_volume
 from volseg.models.manifest import MANIFEST_NAME, BundleManifest, ClassInfo
 from volseg.models.registry import build
 from volseg.spec import TrainSpec
 from volseg.storage import files
-from volseg.storage.volume import Volume, open_volume
 from volseg.training.augment import Augmentation
 from volseg.training.checkpoint import Workplace, check_same
 from volseg.training.curve import draw_curve
-from volseg.training.index import LabelIndex, build_index
+from volseg.training.data import Data, open_data, volume_shape
 from volseg.training.loop import Context, Outcome, Task, fit
 from volseg.training.planning import TrainPlan, make_plan
 from volseg.training.progress import ProgressCallback, TrainProgress, TrainResult
-from volseg.training.sampler import Region, Sampler
+from volseg.training.sampler import Sampler
 from volseg.training.validate import Validator
-from volseg.training.view import NetworkView
 
 Note = Callable[[str], None]
 
-_CACHE_BYTES = 1 << 30
-_SCALING_SAMPLES = 2_000_000
 # Tol's bright and muted schemes, without the grey.
 _PALETTE = (
     "#000000", "#ee6677", "#4477aa", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#009988", "#cc3311",
@@ -45,34 +37,22 @@ _PALETTE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Data:
-    """The opened volumes with their regions, in network coordinates."""
-
-    image: Volume
-    labels: Volume
-    train: Region
-    index: LabelIndex
-    val: Region | None
-    names: tuple[str, ...]
-
-
 def train(spec: TrainSpec, progress: ProgressCallback | None = None, note: Note | None = None) -> TrainResult:
     """Train a network as `spec` says and write its bundle to `spec.out`.
 
-    `progress` is called about twice a second, `note` with single lines that the user should see. Killed at any time, the
-    same call goes on from the last checkpoint in ``<out>.training``, and the time that was used counts. Raises
-    InputError kinds before anything is trained, JobError where the training diverges, JobInterrupted on Ctrl-C.
+    `progress` is called about twice a second, `note` with single lines that the user should see. Killed at any time,
+    the same call goes on from the last checkpoint in ``<out>.training``, and the time that was used counts. Raises
+    kinds of InputError before anything is trained, JobError where the training diverges, JobInterrupted on Ctrl-C.
     """
     started = time.monotonic()
     say = note or (lambda _: None)
     _check_out(spec)
-    data = _open(spec, say)
+    data = open_data(spec, say)
     workplace = Workplace.beside(spec.out)
     stored = _stored(spec, workplace, say)
     sigmoid = len(data.names) == 2
     plan = make_plan(
-        spec, _volume_shape(spec, data.train.box), data.image.voxel_size, data.image.channels or 1,
+        spec, volume_shape(spec, data.train.box), data.image.voxel_size, data.image.channels or 1,
         1 if sigmoid else len(data.names), int(psutil.virtual_memory().available * 0.8),
     )  # fmt: skip
     say(_describe(plan, data))
@@ -93,7 +73,8 @@ def _check_out(spec: TrainSpec) -> None:
         return
     if not files.exists(files.join(spec.out, MANIFEST_NAME)):
         raise OutputExistsError(
-            f"{spec.out} exists and is no model bundle; nothing was trained: choose another --out, it will not be replaced"
+            f"{spec.out} exists and is no model bundle, so it will not be replaced; nothing was trained: choose "
+            "another --out"
         )
     if not spec.overwrite:
         raise OutputExistsError(
@@ -112,84 +93,9 @@ def _stored(spec: TrainSpec, workplace: Workplace, say: Note) -> dict[str, Any] 
     return stored
 
 
-def _open(spec: TrainSpec, say: Note) -> _Data:
-    image, labels = open_volume(spec.image), open_volume(spec.labels)
-    _check_volumes(spec, image, labels)
-    box = Box.parse(spec.train_roi, image.shape)
-    val_box = Box.parse(spec.val_roi, image.shape) if spec.val_roi is not None else None
-    if val_box is not None and val_box.intersect(box).size:
-        raise SpecError(
-            f"--train-roi {box} and --val-roi {val_box} share {val_box.intersect(box)}: the score would be of voxels that "
-            "were trained on; nothing was trained: choose regions apart from each other"
-        )
-    axis = spec.axis if spec.dims == 2 else "z"
-    capacity = min(_CACHE_BYTES, psutil.virtual_memory().available // 8)
-    views = NetworkView(image, axis, capacity), NetworkView(labels, axis, capacity)
-    named = spec.classes or labels.class_names
-    boxes = [_network_box(spec, b) for b in (box, val_box) if b is not None]
-    indices = [
-        build_index(views[1], b, len(named) if named else None, spec.ignore, where)
-        for b, where in zip(boxes, ("training", "validation"), strict=False)
-    ]
-    count = max(len(i.totals) for i in indices)
-    index = LabelIndex(indices[0].tiles, np.pad(indices[0].counts, ((0, 0), (0, count - len(indices[0].totals)))))
-    names = named or ("background", *(f"class {i}" for i in range(1, count)))
-    if len(names) < 2:
-        raise SpecError(f"--classes {','.join(names)} names one class, two are the least; nothing was trained")
-    scaling = _measure(views[0], boxes[0], spec)
-    regions = [Region(*views, b, scaling, spec.ignore) for b in boxes]
-    for name, total in zip(names, index.totals, strict=True):
-        if total == 0:
-            say(f"class {name!r} has no labelled voxel in the training region: it cannot be learnt")
-    return _Data(image, labels, regions[0], index, regions[1] if len(regions) > 1 else None, names)
-
-
-def _check_volumes(spec: TrainSpec, image: Volume, labels: Volume) -> None:
-    if labels.shape != image.shape:
-        raise VolumeError(
-            f"labels {spec.labels} have shape {labels.shape}, the image {spec.image} {image.shape}: they must agree voxel "
-            "by voxel; nothing was trained: import the labels that belong to this image"
-        )
-    if (labels.channels or 1) != 1 or labels.dtype.kind not in "iub":
-        raise VolumeError(
-            f"labels {spec.labels} are {labels.dtype} with {labels.channels or 1} channel(s): classes are whole numbers in "
-            "one channel; nothing was trained: import them with --labels"
-        )
-
-
-def _network_box(spec: TrainSpec, box: Box) -> Box:
-    if spec.dims == 3:
-        return box
-    return Box(to_network(box.start, spec.axis), to_network(box.stop, spec.axis))
-
-
-def _volume_shape(spec: TrainSpec, box: Box) -> tuple[int, int, int]:
-    return to_volume(box.shape, spec.axis) if spec.dims == 2 else box.shape
-
-
-def _measure(image: NetworkView, box: Box, spec: TrainSpec) -> Scaling:
-    """Take the intensity statistics of a random sample of the training region."""
-    tiles = list(box.tiles(image.tile))
-    rng = np.random.default_rng(spec.seed)
-    if len(tiles) > 256:
-        tiles = [tiles[i] for i in np.sort(rng.choice(len(tiles), 256, replace=False))]
-    each = max(1, _SCALING_SAMPLES // len(tiles))
-    samples = []
-    for tile in tiles:
-        values = image.read(tile)
-        values = values.reshape(len(values), -1)
-        samples.append(values if values.shape[1] <= each else values[:, rng.integers(values.shape[1], size=each)])
-    try:
-        return Scaling.measure(np.concatenate(samples, axis=1))
-    except ValueError as error:
-        raise VolumeError(
-            f"image {spec.image}: {error} in the training region; nothing was trained: choose a region that holds data"
-        ) from None
-
-
-def _task(spec: TrainSpec, data: _Data, plan: TrainPlan, context: Context) -> Task:
+def _task(spec: TrainSpec, data: Data, plan: TrainPlan, context: Context) -> Task:
     sigmoid = len(data.names) == 2
-    augmentation = _augmentation(spec, data.image.voxel_size) if spec.augment else None
+    augmentation = augmentation_for(spec, data.image.voxel_size) if spec.augment else None
     validator = None
     if data.val is not None:
         validator = Validator(data.val, plan.patch, len(data.names), sigmoid=sigmoid, threads=context.threads)
@@ -207,7 +113,7 @@ def _task(spec: TrainSpec, data: _Data, plan: TrainPlan, context: Context) -> Ta
     )
 
 
-def _augmentation(spec: TrainSpec, voxel_size: tuple[float, float, float] | None) -> Augmentation:
+def augmentation_for(spec: TrainSpec, voxel_size: tuple[float, float, float] | None) -> Augmentation:
     """Allow turns in planes of equal voxel sizes only."""
     sizes = voxel_size or (1.0, 1.0, 1.0)
     if spec.dims == 2:
@@ -257,7 +163,7 @@ def _fast_bf16(device: torch.device) -> bool:
 
 def _finish(
     spec: TrainSpec,
-    data: _Data,
+    data: Data,
     plan: TrainPlan,
     outcome: Outcome,
     context: Context,
@@ -289,7 +195,7 @@ def _finish(
 
 
 def _manifest(
-    spec: TrainSpec, data: _Data, plan: TrainPlan, outcome: Outcome, threshold: float | None, seconds: float
+    spec: TrainSpec, data: Data, plan: TrainPlan, outcome: Outcome, threshold: float | None, seconds: float
 ) -> BundleManifest:
     from importlib.metadata import version
 
@@ -323,7 +229,7 @@ def _manifest(
     )
 
 
-def _describe(plan: TrainPlan, data: _Data) -> str:
+def _describe(plan: TrainPlan, data: Data) -> str:
     config = plan.config
     sides = "x".join(str(side) for side in plan.patch if side > 1 or config.dims == 3)
     text = (

@@ -29,6 +29,10 @@ class Readable(Protocol):
         """Chunk shape (z, y, x)."""
 
     @property
+    def channels(self) -> int | None:
+        """Number of channels, None without a channel axis."""
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Type of a voxel."""
 
@@ -49,6 +53,7 @@ class NetworkView:
         self._tile = _tile_shape(volume.chunks, volume.shape)
         self._tiles: OrderedDict[Triple, NDArray[Any]] = OrderedDict()
         self._held = 0
+        self._voxel_bytes = volume.dtype.itemsize * (volume.channels or 1)
         self._lock = threading.Lock()
 
     @property
@@ -60,6 +65,15 @@ class NetworkView:
     def tile(self) -> Triple:
         """Tile shape in network coordinates."""
         return to_network(self._tile, self._axis)
+
+    def fits(self, box: Box) -> float:
+        """Return the share of `box` that the cache can hold, 1 or more where all of it."""
+        return self._capacity / (box.size * self._voxel_bytes)
+
+    @property
+    def tiles_held(self) -> float:
+        """Number of whole tiles that the cache can hold."""
+        return self._capacity / (prod(self._tile) * self._voxel_bytes)
 
     def read(self, box: Box) -> NDArray[Any]:
         """Return `box` (network coordinates) as (c, ...) with axes in the network's order."""

@@ -1,0 +1,203 @@
+"""The serial executor: two blocks in hand, errors that surface where the driver waits, and a stop that stops."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from volseg.errors import BundleError, JobInterrupted
+from volseg.execution.driver import Driver, Hooks, Tally
+from volseg.execution.events import BlockDone, BlockFailed, Event, WorkerReady
+from volseg.execution.serial import SerialExecutor
+from volseg.inference.attempt import Failure
+from volseg.memory import IN_HAND
+from volseg.storage.ledger import Ledger, Receipt
+
+LONG = 60.0
+
+
+class Local:
+    """A worker whose blocks wait until they are let go, and end when it is closed."""
+
+    fingerprint = {"name": "cpu"}  # noqa: RUF012
+
+    def __init__(self, outcome: Callable[[int], Receipt | Failure] | None = None, held: bool = False) -> None:
+        self.outcome = outcome or (lambda index: Receipt(index, {}, {}))
+        self.gate = threading.Event()
+        self.closed = threading.Event()
+        self.begun: list[int] = []
+        self.inside = threading.Semaphore(0)
+        self.threads: set[str] = set()
+        if not held:
+            self.gate.set()
+
+    def attempt(self, index: int) -> Receipt | Failure:
+        self.begun.append(index)
+        self.threads.add(threading.current_thread().name)
+        self.inside.release()
+        assert self.gate.wait(LONG)
+        if self.closed.is_set():
+            raise JobInterrupted("stopped")
+        return self.outcome(index)
+
+    def peak_memory(self) -> int:
+        return 12345
+
+    def close(self) -> None:
+        self.closed.set()
+        self.gate.set()
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[[Local], SerialExecutor]]:
+    executors = []
+
+    def start(worker: Local) -> SerialExecutor:
+        executor = SerialExecutor(lambda: worker)
+        executors.append(executor)
+        executor.start()
+        assert executor.wait(LONG) == [WorkerReady(0, {"name": "cpu"})]
+        return executor
+
+    yield start
+    for executor in executors:
+        executor.stop()
+
+
+def collect(executor: SerialExecutor, count: int) -> list[Event]:
+    found: list[Event] = []
+    while len(found) < count:
+        new = executor.wait(LONG)
+        assert new
+        found += new
+    return found
+
+
+Start = Callable[[Local], SerialExecutor]
+
+
+def test_a_block_comes_back_with_its_receipt(started: Start) -> None:
+    executor = started(Local())
+    executor.submit(7)
+    assert collect(executor, 1) == [BlockDone(Receipt(7, {}, {}), 0, 12345)]
+
+
+def test_a_failure_comes_back_as_one(started: Start) -> None:
+    failure = Failure(7, "retryable", "it did not work")
+    executor = started(Local(lambda index: failure))
+    executor.submit(7)
+    assert collect(executor, 1) == [BlockFailed(failure)]
+
+
+def test_so_many_blocks_are_in_hand_and_no_more(started: Start) -> None:
+    worker = Local(held=True)
+    executor = started(worker)
+    for index in range(IN_HAND):
+        assert executor.capacity()
+        executor.submit(index)
+    assert not executor.capacity()
+    # All of them run at the same time: reading beside computing beside writing.
+    for _ in range(IN_HAND):
+        assert worker.inside.acquire(timeout=LONG)
+    assert len(worker.threads) == IN_HAND
+    worker.gate.set()
+    collect(executor, IN_HAND)
+    assert executor.capacity()
+
+
+def test_a_suspect_waits_for_an_empty_hand_and_keeps_it(started: Start) -> None:
+    worker = Local(held=True)
+    executor = started(worker)
+    executor.submit(0)
+    assert executor.capacity()
+    assert not executor.capacity(alone=True)
+    worker.gate.set()
+    collect(executor, 1)
+    worker.gate.clear()
+    assert executor.capacity(alone=True)
+    executor.submit(1, alone=True)
+    assert not executor.capacity()
+    assert not executor.capacity(alone=True)
+    worker.gate.set()
+    collect(executor, 1)
+    assert executor.capacity()
+
+
+def test_nothing_can_be_handed_out_before_the_start() -> None:
+    executor = SerialExecutor(Local)
+    assert not executor.capacity()
+    executor.stop()
+
+
+def test_a_worker_that_cannot_be_made_raises_at_the_start() -> None:
+    def make() -> Local:
+        raise BundleError("the bundle is damaged")
+
+    executor = SerialExecutor(make)
+    with pytest.raises(BundleError, match="damaged"):
+        executor.start()
+    executor.stop()
+
+
+def test_waiting_gives_up_after_its_time(started: Start) -> None:
+    assert started(Local(held=True)).wait(0.001) == []
+
+
+def test_an_error_of_volseg_itself_surfaces_after_what_was_done_before(started: Start) -> None:
+    order = threading.Event()
+
+    def outcome(index: int) -> Receipt:
+        if index == 1:
+            assert order.wait(LONG)
+            raise ZeroDivisionError("a bug")
+        return Receipt(index, {}, {})
+
+    executor = started(Local(outcome))
+    executor.submit(0)
+    executor.submit(1)
+    found = collect(executor, 1)
+    order.set()
+    assert found == [BlockDone(Receipt(0, {}, {}), 0, 12345)]
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        executor.wait(LONG)
+
+
+def test_what_was_done_before_an_error_is_not_lost(started: Start) -> None:
+    """Both have happened when the driver looks: the receipt comes first, the error at the next look."""
+    executor = started(Local())
+    done = BlockDone(Receipt(0, {}, {}), 0, 12345)
+    executor._events.put(done)
+    executor._events.put(ZeroDivisionError("a bug"))
+    assert executor.wait(LONG) == [done]
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        executor.wait(LONG)
+
+
+def test_stopping_ends_the_blocks_under_way_and_drops_the_others(started: Start) -> None:
+    worker = Local(held=True)
+    executor = started(worker)
+    executor.submit(0)
+    executor.submit(1)
+    for _ in range(2):
+        assert worker.inside.acquire(timeout=LONG)
+    executor.stop()
+    assert worker.closed.is_set()
+    assert executor.wait(0.001) == []
+    assert not any(thread.name.startswith("volseg-block") for thread in threading.enumerate())
+
+
+def test_the_driver_works_off_a_job(tmp_path: Path) -> None:
+    failures = {3: [Failure(3, "retryable", "once")], 5: [Failure(5, "hopeless", "never")]}
+
+    def outcome(index: int) -> Receipt | Failure:
+        return failures[index].pop() if failures.get(index) else Receipt(index, {}, {})
+
+    ledger, tally = Ledger(str(tmp_path / "out"), "key"), Tally(20)
+    assert ledger.take()
+    hooks = Hooks(lambda index: 1, lambda tally: None, lambda text: None, lambda found: None)
+    executor = SerialExecutor(lambda: Local(outcome))
+    Driver(executor, ledger, tally, hooks, attempts=3, workers=1).run(iter(range(20)))
+    assert (tally.computed, tally.retried, tally.failed) == (19, 1, {5: "never"})
+    assert set(ledger.receipts()) == set(range(20)) - {5}
+    assert tally.peak_memory == 12345
