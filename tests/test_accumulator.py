@@ -122,6 +122,13 @@ def test_a_patch_elsewhere_adds_nothing() -> None:
     assert not found._sum.any()
 
 
+def test_products_are_rounded_to_the_nearest_step() -> None:
+    lattice = make_lattice((1, 1, 4), (1, 1, 4), 0.0)
+    found = Accumulator(Box.of(lattice.shape), lattice, "constant", 1, CPU)
+    found.add((0, 0, 0), (torch.tensor([0.25, 0.75, 1.75, 2.25]) / ONE).reshape(1, 1, 1, 4))
+    assert found._sum.flatten().tolist() == [0, 1, 2, 2]
+
+
 def filled(sums: NDArray[np.int64]) -> Accumulator:
     """Return an accumulator that holds these sums (c, z, y, x)."""
     box = Box.of((sums.shape[1], sums.shape[2], sums.shape[3]))
@@ -179,8 +186,8 @@ def test_probabilities_are_rounded_to_the_nearest_of_255() -> None:
     one = filled(sums[:1]).probabilities()[:, 0, 0].numpy().astype(int)
     np.testing.assert_array_equal(one, [255 - steps, steps])
     # Sums that rounding has pushed past 0 or 1 stay inside.
-    beyond = filled(np.array([-5, ONE + 300]).reshape(1, 1, 1, 2)).probabilities()[:, 0, 0]
-    assert beyond.tolist() == [[255, 0], [0, 255]]
+    beyond = filled(np.array([-5, -ONE // 50, ONE + 300, ONE + ONE // 50]).reshape(1, 1, 1, 4)).probabilities()[:, 0, 0]
+    assert beyond.tolist() == [[255, 255, 0, 0], [0, 0, 255, 255]]
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])

@@ -169,6 +169,17 @@ def test_one_driver_at_a_time(output: str, ledger: Ledger) -> None:
     assert (ledger.attempt, other.attempt) == (1, 2)
 
 
+def test_who_saw_the_same_last_attempt_comes_too_late(
+    output: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Ledger(output, KEY)
+    monkeypatch.setattr(other, "_last_attempt", lambda: 0)
+    assert ledger.take()
+    record = ledger.driver()
+    assert not other.take()
+    assert ledger.driver() == record
+
+
 def test_a_driver_that_could_not_say_that_it_ended_does_not_block_its_own_process(
     output: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +254,12 @@ def test_a_killed_driver_is_dead_at_once(output: str, ledger: Ledger) -> None:
         driver = ledger.driver()
         assert driver is not None
         assert driver["pid"] == process.pid
+        # It began after this process did: its start is its own, not the machine's.
+        own = Ledger(output + "2", KEY)
+        assert own.take()
+        mine = own.driver()
+        assert mine is not None
+        assert driver["started"] > mine["started"]
         assert not ledger.take()
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -61,6 +61,7 @@ TRAIN: dict[str, tuple[str, Any, Any]] = {
     "learning_rate": ("0.001", 0.001, 0.001),
     "weight_decay": ("0", 0, 0.0),
     "augment": ("no", False, False),
+    "turns": ("never", "never", "never"),
     "precision": ("bf16", "bf16", "bf16"),
     "max_steps": ("500", 500, 500),
     "max_minutes": ("2.5", 2.5, 2.5),
@@ -266,7 +267,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_cannot_run_code(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
-    path.write_text(f"input: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'touched'}]\n")
+    path.write_text(f"input: !!python/object/apply:os.mkdir [{tmp_path / 'touched'}]\n")
     assert "is no YAML" in refused("segment", "--spec", str(path))
     assert not (tmp_path / "touched").exists()
 

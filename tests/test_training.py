@@ -34,15 +34,16 @@ from volseg.training import loop
 from volseg.training.augment import Augmentation, change_intensity
 from volseg.training.average import WeightAverage
 from volseg.training.checkpoint import Workplace
+from volseg.training.greys import measure_greys
 from volseg.training.index import build_index
 from volseg.training.losses import sigmoid_loss, softmax_loss
 from volseg.training.metrics import ClassCounts, ProbabilityCounts
-from volseg.training.planning import TrainPlan, make_plan
+from volseg.training.planning import TrainPlan, augmentation_for, make_plan
 from volseg.training.progress import TrainProgress
 from volseg.training.replicas import Gradients
 from volseg.training.sampler import IGNORED, Prefetcher, Region, Sampler
 from volseg.training.schedule import learning_rate, progress_of
-from volseg.training.train import augmentation_for, train
+from volseg.training.train import train
 from volseg.training.validate import Validator, spread, windows
 from volseg.training.view import NetworkView
 
@@ -336,14 +337,52 @@ def test_memory_shrinks_an_open_patch_and_refuses_a_given_one() -> None:
         plan((200, 200, 200), memory=1 << 10)
 
 
-def test_turns_need_equal_voxel_sizes() -> None:
-    def turns(voxel: tuple[float, float, float] | None, **options: Any) -> tuple[tuple[int, int], ...]:
-        return augmentation_for(TrainSpec.read({"image": "i", "labels": "l", "out": "o", **options}), voxel).turns
+def test_turns_need_equal_voxel_sizes_and_quarter_turns_a_place_that_tells_nothing(tmp_path: Path) -> None:
+    shape = (32, 32, 32)
+    anywhere = np.random.default_rng(0).integers(0, 2, shape).astype(np.uint8)
+    layers = np.broadcast_to((np.arange(32)[:, None] // 16).astype(np.uint8), shape).copy()
+    indices = []
+    for name, labels in (("anywhere", anywhere), ("layers", layers)):
+        view = NetworkView(open_volume(store(tmp_path / name, labels, None)), "z", 1 << 20)
+        indices.append(build_index(view, Box.of(shape), None, 255, "training"))
+    assert indices[0].place_tells((1, 2)) < 0.01
+    assert indices[1].place_tells((1, 2)) == pytest.approx(1.0)
+    assert indices[1].place_tells((0, 2)) == pytest.approx(0.0)
 
-    assert turns(None) == ((0, 1), (0, 2), (1, 2))
-    assert turns((5, 1, 1.05)) == ((1, 2),)
-    assert turns((5, 1, 1), dims=2) == ((1, 2),)
-    assert turns((5, 1, 1), dims=2, axis="y") == ()
+    def chosen(voxel: tuple[float, float, float] | None, which: int = 0, **options: Any) -> Augmentation:
+        spec = TrainSpec.read({"image": "i", "labels": "l", "out": "o", **options})
+        return augmentation_for(spec, voxel, indices[which], None)
+
+    assert chosen(None).planes == chosen(None).quarter_turns == ((0, 1), (0, 2), (1, 2))
+    assert chosen((5, 1, 1.05)).quarter_turns == ((1, 2),)
+    assert chosen((5, 1, 1), dims=2).planes == ((1, 2),)
+    assert chosen((5, 1, 1), dims=2, axis="y").planes == ()
+    assert chosen(None, 1).planes == ((0, 1), (0, 2), (1, 2))
+    assert chosen(None, 1).quarter_turns == ((0, 2),)
+    assert chosen(None, 1, turns="always").quarter_turns == ((0, 1), (0, 2), (1, 2))
+    assert chosen(None, turns="never").quarter_turns == ()
+
+
+def test_grey_values_change_as_much_as_those_of_a_class_do(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (8, 64, 64)).astype(np.uint8)
+    steady = np.where(labels == 1, 3.0, -3.0) + rng.normal(0, 0.1, labels.shape)
+    drifting = steady + np.linspace(-1, 1, 64)
+    found = []
+    for name, image in (("steady", steady), ("drifting", drifting)):
+        region = region_of(tmp_path / name, image + 100, labels, Box.of(labels.shape))
+        index = build_index(region.labels, region.box, 2, 255, "training")
+        greys = measure_greys(region, index)
+        assert greys is not None
+        found.append(greys)
+    assert found[0].between < 0.02
+    assert found[0].within == pytest.approx(0.1, rel=0.1)
+    assert found[1].between == pytest.approx(0.56, rel=0.1), "the spread of four quarters of a slope of 2"
+    spec = TrainSpec.read({"image": "i", "labels": "l", "out": "o"})
+    calm, wild = (augmentation_for(spec, None, index, greys) for greys in found)
+    assert calm.offset < 0.1
+    assert wild.offset > 0.4
+    assert calm.noise < 0.05
 
 
 # ---------------------------------------------------------------- reading and sampling
@@ -396,8 +435,9 @@ def test_the_index_counts_every_labelled_voxel_once(tmp_path: Path) -> None:
         np.testing.assert_array_equal(counts, np.bincount(part[part != 255], minlength=len(counts)))
 
 
+PLANES = ((0, 1), (0, 2), (1, 2))
 GEOMETRY = Augmentation(
-    turns=((0, 1), (0, 2), (1, 2)), flips=(0, 1, 2), warp_probability=0.0, intensity_probability=0.0
+    planes=PLANES, quarter_turns=PLANES, flips=(0, 1, 2), warp_probability=0.0, intensity_probability=0.0
 )
 
 
@@ -477,7 +517,7 @@ def test_a_volume_larger_than_the_cache_is_worked_through_slowly(tmp_path: Path)
 
 def test_grey_values_change_within_bounds() -> None:
     image = torch.linspace(-2, 2, 4096).reshape(1, 1, 64, 64)
-    how = Augmentation(turns=(), flips=(), intensity_probability=1.0)
+    how = Augmentation(planes=(), quarter_turns=(), flips=(), intensity_probability=1.0)
     changed = [change_intensity(image.clone(), how, np.random.default_rng(seed)) for seed in range(30)]
     assert all(bool(torch.isfinite(c).all()) and c.shape == image.shape for c in changed)
     assert len({float(c.mean()) for c in changed}) == 30
@@ -535,6 +575,8 @@ def test_dice_by_hand_and_absent_classes() -> None:
     assert scores.dice[:3] == pytest.approx((2 / 4, 4 / 5, 0.0))
     assert scores.dice[3] is None
     assert scores.mean_foreground == pytest.approx(0.4)
+    assert scores.sizes == (2, 2, 1, 0)
+    assert scores.merit == pytest.approx(0.8 * 2**0.5 / (2**0.5 + 1))
 
 
 def test_the_best_threshold_is_the_best_of_all() -> None:

@@ -27,8 +27,9 @@ CPU = torch.device("cpu")
 
 def threads_of_openmp() -> int:
     """Ask the OpenMP that torch uses how many threads a convolution of the calling thread would get."""
-    maps = Path("/proc/self/maps").read_text()
-    (library,) = set(re.findall(r"(\S*libgomp[^\s/]*|\S*libiomp5[^\s/]*)", maps)) or {""}
+    libraries = set(re.findall(r"(/\S*lib(?:g|i)omp\S*)", Path("/proc/self/maps").read_text()))
+    # Other packages may have brought one of their own.
+    (library,) = [path for path in libraries if "torch" in path] or libraries
     return int(ctypes.CDLL(library).omp_get_max_threads())
 
 

@@ -153,6 +153,9 @@ class TrainSpec(Spec):
     learning_rate: float = Field(2e-3, gt=0.0, le=1.0, description="peak learning rate of AdamW")
     weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="weight decay of AdamW")
     augment: bool = Field(True, description="change the training patches at random: shape, grey values, noise")
+    turns: Literal["auto", "always", "never"] = Field(
+        "auto", description="quarter turns of patches; auto: unless a voxel's place tells its class, as in a body"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="arithmetic of the training steps; auto: bf16 where the processor has it"
     )

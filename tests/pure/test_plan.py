@@ -216,9 +216,11 @@ def test_a_patch_that_is_no_multiple_of_the_pooling_is_refused(side: int, choice
 @pytest.mark.parametrize(("axis", "pooling", "right"), [("z", (1, 8, 8), (1, 64, 32)), ("x", (8, 8, 1), (64, 32, 1))])
 def test_a_2d_network_takes_single_slices(axis: str, pooling: Triple, right: Triple) -> None:
     flat = model(dims=2, axis=axis, pooling=pooling)
-    for wrong in ((64, 64, 64), (64, 64, 1) if axis == "z" else (8, 64, 64)):
+    for wrong in ((64, 64, 64), (64, 64, 8) if axis == "z" else (8, 64, 64)):
         message = refusal(spec(patch=wrong), volume(64), flat, resources())
-        assert f"patch {list(wrong)} is 64 deep on axis {axis}, but a 2D network takes single slices along it" in message
+        assert (
+            f"patch {list(wrong)} is 64 deep on axis {axis}, but a 2D network takes single slices along it" in message
+        )
     assert make_plan(spec(patch=right), volume(64), flat, resources()).patch == right
 
 

@@ -6,22 +6,19 @@ it can tell an error of the block from a crash and a crash from a lost node.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from volseg.cluster.session import RaySession
+from volseg.cluster.session import RaySession, node_answers
 from volseg.cluster.worker import WORKER_ENVIRONMENT, SegmentActor, Started
 from volseg.execution.events import BlockDone, BlockFailed, Event, WorkerFailed, WorkerLost, WorkerReady
 from volseg.inference.attempt import Failure
 from volseg.memory import IN_HAND
 from volseg.plan import Plan
 from volseg.spec import SegmentSpec
-
-_NODE_GONE = re.compile(r"node.{0,80}(died|dead|terminated|drain|preempt|unreachable|lost)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass
@@ -33,6 +30,7 @@ class _Slot:
     starting: Any
     blocks: dict[Any, int] = field(default_factory=dict)
     alone: bool = False
+    node: str = ""
 
     @property
     def ready(self) -> bool:
@@ -125,6 +123,7 @@ class RayExecutor:
                 ray.kill(slot.actor)
                 self._slots[self._slots.index(slot)] = self._spawn()
             else:
+                slot.node = answer.node
                 events.append(WorkerReady(slot.number, answer.fingerprint))
             return None
         del slot.blocks[ref]
@@ -140,9 +139,18 @@ class RayExecutor:
         # One that is only out of reach would keep the core that its successor needs.
         ray.kill(slot.actor)
         self._slots[self._slots.index(slot)] = self._spawn()
-        cause = " ".join(str(error).split())
-        brief = cause[:300]
         if not slot.ready and not slot.blocks:
-            return WorkerFailed(slot.number, brief, fatal=False)
-        infrastructure = bool(getattr(error, "preempted", False)) or _NODE_GONE.search(cause) is not None
-        return WorkerLost(slot.number, tuple(slot.blocks.values()), brief, infrastructure)
+            return WorkerFailed(slot.number, _cause(error), fatal=False)
+        preempted = bool(getattr(error, "preempted", False))
+        if preempted or not node_answers(slot.node):
+            cause = f"its machine {'was taken away' if preempted else 'does not answer any more'}"
+            return WorkerLost(slot.number, tuple(slot.blocks.values()), cause, infrastructure=True)
+        return WorkerLost(slot.number, tuple(slot.blocks.values()), _cause(error), infrastructure=False)
+
+
+def _cause(error: RayError) -> str:
+    """Return what Ray says of a death in one line, without its numbers of actors and jobs and its guesses."""
+    text = " ".join(str(error).split())
+    for mark in ("The actor is dead because ", "The actor died because "):
+        text = text.partition(mark)[2] or text
+    return text.partition(" Some common causes")[0][:200].rstrip(" .")

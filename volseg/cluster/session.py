@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from types import TracebackType
 from typing import Any
@@ -16,11 +17,42 @@ from volseg.spec import SegmentSpec
 
 _SHARE = 0.9  # of what Ray counts as a machine's memory, which leaves room for Ray itself already
 _EMBEDDED_STORE = 128 << 20  # only receipts travel
+_PROBE_SECONDS = 10.0
+_ANSWER_SECONDS = 3.0
+
+
+def node_answers(node_id: str) -> bool:
+    """Tell whether a machine of the cluster still works.
+
+    Ray itself takes half a minute to call a machine dead that has vanished; until then its actors are only out of
+    reach, as those are whose process died. So the machine is asked.
+    """
+    for node in _alive_nodes():
+        if node["NodeID"] == node_id:
+            try:
+                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _ANSWER_SECONDS).close()
+            except OSError:
+                return False
+            return True
+    return False
 
 
 def _alive_nodes() -> list[dict[str, Any]]:
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return [node for node in nodes if node["Alive"]]
+
+
+def _show_messages(shown: bool) -> None:
+    # Ray prints pages on stdout about each process that dies; the driver says the same in a line of its own.
+    if hasattr(ray._private.worker, "_worker_logs_enabled"):
+        ray._private.worker._worker_logs_enabled = shown
+
+
+def _probe(address: str) -> None:
+    """Raise OSError where nothing listens at ``host:port``: Ray itself would try for minutes, without a word."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
 
 
 class RaySession:
@@ -46,14 +78,16 @@ class RaySession:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
         self._owned = True
+        _show_messages(False)
         return self
 
     def _connect(self) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         if self._address:
             try:
+                _probe(self._address)
                 ray.init(address=self._address, **quiet)
-            except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError, OverflowError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
                     f"no Ray cluster answers at {self._address!r} ({reason}); nothing was done: check the address, or "
@@ -74,6 +108,7 @@ class RaySession:
         """Disconnect; an embedded Ray ends."""
         if self._owned:
             ray.shutdown()
+            _show_messages(True)
 
     def cores(self, spec: SegmentSpec) -> Cores:
         """Return what the cluster offers: its smallest machine decides how much memory a worker may use.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ray
+
 from volseg.errors import InputError, VolsegError
 from volseg.inference.attempt import Failure
 from volseg.plan import Plan
@@ -24,11 +26,12 @@ WORKER_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Started:
-    """What a worker says after it loaded the model: its fingerprint, or why it cannot work."""
+    """What a worker says after it loaded the model: its fingerprint, or why it cannot work; `node` is its machine."""
 
     fingerprint: dict[str, str] | None
     message: str = ""
     fatal: bool = False
+    node: str = ""
 
 
 class SegmentActor:
@@ -43,7 +46,7 @@ class SegmentActor:
         except VolsegError as error:
             # What is wrong with the user's input is wrong for every worker.
             return Started(None, str(error), fatal=isinstance(error, InputError))
-        return Started(self._worker.fingerprint)
+        return Started(self._worker.fingerprint, node=ray.get_runtime_context().get_node_id())
 
     def attempt(self, index: int) -> tuple[Receipt | Failure, int]:
         """Process one block; return its outcome and the process' peak memory in bytes."""

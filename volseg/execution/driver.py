@@ -86,6 +86,7 @@ class Driver:
         self._executor, self._ledger, self._tally, self._hooks = executor, ledger, tally, hooks
         self._attempts, self._workers = attempts, workers
         self._strikes: dict[int, Strikes] = {}
+        self._said: dict[int, str] = {}
         self._again: deque[int] = deque()
         self._alone: deque[int] = deque()
         self._in_flight: set[int] = set()
@@ -173,7 +174,10 @@ class Driver:
         if decision == "set aside":
             self._set_aside(failure.index, failure.message)
         else:
-            self._hooks.note(f"block {failure.index} is tried again: {failure.message}")
+            # Said once: the same words after every attempt would bury the rest.
+            if self._said.get(failure.index) != failure.message:
+                self._said[failure.index] = failure.message
+                self._hooks.note(f"block {failure.index} is tried again: {failure.message}")
             self._try_again(failure.index, decision)
 
     def _lost(self, event: WorkerLost) -> None:

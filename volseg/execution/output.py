@@ -53,12 +53,12 @@ def clear_for(job: Prepared, note: Note) -> None:
     if not job.spec.overwrite:
         if header is None:
             raise OutputExistsError(
-                f"output {output} exists, but its ledger {other.path} is gone, so nothing in it can be trusted; nothing "
-                "was done: bring the ledger back, choose another place, or make it anew with --overwrite"
+                f"output {output} exists, but its ledger {other.path} is gone, so nothing in it can be trusted; "
+                "nothing was done: bring the ledger back, choose another place, or make it anew with --overwrite"
             )
         raise OutputExistsError(
-            f"output {output} holds another job's result ({_difference(header['identity'], job.identity)}); nothing was "
-            "done: choose another place, or replace it with --overwrite"
+            f"output {output} holds another job's result ({_difference(header['identity'], job.identity)}); nothing "
+            "was done: choose another place, or replace it with --overwrite"
         )
     wait_for_driver(other, note)
     files.remove(output)
@@ -119,8 +119,8 @@ def _check_mine(job: Prepared) -> None:
     marks = marks_of(job.spec.output)
     if marks is None or marks["job_key"] != job.job_key:
         raise OutputExistsError(
-            f"another job began to write {job.spec.output} at the same time; this one stopped: choose another place, or "
-            "wait for the other one and replace it with --overwrite"
+            f"another job began to write {job.spec.output} at the same time; this one stopped: choose another place, "
+            "or wait for the other one and replace it with --overwrite"
         )
 
 

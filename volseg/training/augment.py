@@ -21,11 +21,12 @@ from volseg.geometry.box import Triple
 class Augmentation:
     """How strongly patches are changed: probabilities a patch, angles in degrees, grey values in units of the std.
 
-    `turns` are the pairs of axes (0 = slice axis) that may be exchanged and rotated, because their voxel sizes agree;
-    `flips` the axes that may be mirrored.
+    `planes` are the pairs of axes (0 = slice axis) that are rotated a little, because their voxel sizes agree,
+    `quarter_turns` those that may be exchanged, `flips` the axes that may be mirrored.
     """
 
-    turns: tuple[tuple[int, int], ...]
+    planes: tuple[tuple[int, int], ...]
+    quarter_turns: tuple[tuple[int, int], ...]
     flips: tuple[int, ...]
     warp_probability: float = 0.4
     angle: float = 20.0
@@ -63,7 +64,7 @@ class Geometry:
 def draw_geometry(how: Augmentation, patch: Triple, rng: np.random.Generator) -> Geometry:
     """Draw a change of shape for a `patch` (network coordinates)."""
     flips = tuple(axis for axis in how.flips if patch[axis] > 1 and rng.random() < 0.5)
-    square = [pair for pair in how.turns if patch[pair[0]] == patch[pair[1]] > 1]
+    square = [pair for pair in how.quarter_turns if patch[pair[0]] == patch[pair[1]] > 1]
     turn = None
     if square:
         turn = (int(rng.integers(4)), square[int(rng.integers(len(square)))])
@@ -73,7 +74,7 @@ def draw_geometry(how: Augmentation, patch: Triple, rng: np.random.Generator) ->
 
 def _draw_grid(how: Augmentation, patch: Triple, rng: np.random.Generator) -> Tensor:
     matrix = np.eye(3)
-    for a, b in how.turns:
+    for a, b in how.planes:
         if patch[a] > 1 and patch[b] > 1:
             angle = np.deg2rad(rng.uniform(-how.angle, how.angle))
             rotation = np.eye(3)

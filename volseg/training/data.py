@@ -61,7 +61,8 @@ def open_data(spec: TrainSpec, say: Note) -> Data:
         for b, where in zip(boxes, ("training", "validation"), strict=False)
     ]
     count = max(len(i.totals) for i in indices)
-    index = LabelIndex(indices[0].tiles, np.pad(indices[0].counts, ((0, 0), (0, count - len(indices[0].totals)))))
+    counts = np.pad(indices[0].counts, ((0, 0), (0, count - len(indices[0].totals))))
+    index = LabelIndex(boxes[0], indices[0].tiles, counts)
     names = named or ("background", *(f"class {i}" for i in range(1, count)))
     if len(names) < 2:
         raise SpecError(f"--classes {','.join(names)} names one class, two are the least; nothing was trained")

@@ -26,6 +26,8 @@ from volseg.training.validate import Validator
 # Validations as shares of the training: closer together at the end, where the learning rate has come down.
 _MILESTONES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.775, 0.85, 0.9, 0.95)
 _VALIDATION_SHARE = 0.06
+# Of scores that differ by less, the later weights count as the better: they have seen more.
+_NOISE = 0.003
 _CHECKPOINT_SECONDS = 30.0
 _REPORT_SECONDS = 0.5
 _CLIP = 5.0
@@ -89,7 +91,8 @@ class Outcome:
 
 @dataclass
 class _Best:
-    dice: float
+    merit: float
+    dice: float | None
     step: int
     state: State
 
@@ -227,11 +230,12 @@ class _Validation:
         row: dict[str, Any] = _row(run, rate)
         if run.task.validator is not None:
             scores = self._score(run.task.validator)
-            dice = scores.mean_foreground
-            run.val_dice = dice
-            row |= {"val_dice": dice, "dice": list(scores.dice), "threshold": scores.threshold}
-            if run.best is None or (dice or 0.0) >= run.best.dice:
-                run.best = _Best(dice or 0.0, run.step, copy.deepcopy(run.average.network.state_dict()))
+            run.val_dice = scores.mean_foreground
+            row |= {"val_dice": run.val_dice, "dice": list(scores.dice), "threshold": scores.threshold}
+            best = run.best.merit if run.best else 0.0
+            if scores.merit >= best - _NOISE:
+                state = copy.deepcopy(run.average.network.state_dict())
+                run.best = _Best(max(best, scores.merit), run.val_dice, run.step, state)
         run.rows.append(row)
         run.context.record(run.rows)
 

@@ -5,6 +5,7 @@ A class that is neither in the truth nor predicted has no Dice and is left out o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,9 +19,13 @@ _THRESHOLDS = range(int(0.2 * BINS), int(0.8 * BINS) + 1)
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Dice of each class, background first, None where undefined; and the threshold, for one sigmoid channel."""
+    """Dice of each class, background first, None where undefined; and the threshold, for one sigmoid channel.
+
+    `sizes` are the labelled voxels of each class.
+    """
 
     dice: tuple[float | None, ...]
+    sizes: tuple[int, ...]
     threshold: float | None = None
 
     @property
@@ -28,6 +33,16 @@ class Scores:
         """Mean Dice of the classes above 0, None where none is defined."""
         known = [d for d in self.dice[1:] if d is not None]
         return sum(known) / len(known) if known else None
+
+    @property
+    def merit(self) -> float:
+        """What weights are chosen by: the mean over the classes above 0, weighted by the root of their size.
+
+        The Dice of a class with a handful of voxels is mostly chance and would decide a plain mean.
+        """
+        pairs = [(d or 0.0, math.sqrt(n)) for d, n in zip(self.dice[1:], self.sizes[1:], strict=True)]
+        total = sum(weight for _, weight in pairs)
+        return sum(dice * weight for dice, weight in pairs) / total if total else 0.0
 
 
 def dice_of(overlap: float, predicted: float, true: float) -> float | None:
@@ -56,7 +71,8 @@ class ClassCounts:
         true, predicted = self.confusion.sum(1), self.confusion.sum(0)
         overlap = np.diag(self.confusion)
         return Scores(
-            tuple(dice_of(float(o), float(p), float(t)) for o, p, t in zip(overlap, predicted, true, strict=True))
+            tuple(dice_of(float(o), float(p), float(t)) for o, p, t in zip(overlap, predicted, true, strict=True)),
+            tuple(true.tolist()),
         )
 
 
@@ -89,4 +105,4 @@ class ProbabilityCounts:
         below = totals - above[:, best]
         one = dice_of(float(above[1, best]), float(above[:, best].sum()), float(totals[1]))
         zero = dice_of(float(below[0]), float(below.sum()), float(totals[0]))
-        return Scores((zero, one), best / BINS)
+        return Scores((zero, one), (int(totals[0]), int(totals[1])), best / BINS)

@@ -18,12 +18,12 @@ from volseg.models.manifest import MANIFEST_NAME, BundleManifest, ClassInfo
 from volseg.models.registry import build
 from volseg.spec import TrainSpec
 from volseg.storage import files
-from volseg.training.augment import Augmentation
 from volseg.training.checkpoint import Workplace, check_same
 from volseg.training.curve import draw_curve
 from volseg.training.data import Data, open_data, volume_shape
+from volseg.training.greys import measure_greys
 from volseg.training.loop import Context, Outcome, Task, fit
-from volseg.training.planning import TrainPlan, make_plan
+from volseg.training.planning import TrainPlan, augmentation_for, make_plan
 from volseg.training.progress import ProgressCallback, TrainProgress, TrainResult
 from volseg.training.sampler import Sampler
 from volseg.training.validate import Validator
@@ -95,7 +95,9 @@ def _stored(spec: TrainSpec, workplace: Workplace, say: Note) -> dict[str, Any] 
 
 def _task(spec: TrainSpec, data: Data, plan: TrainPlan, context: Context) -> Task:
     sigmoid = len(data.names) == 2
-    augmentation = augmentation_for(spec, data.image.voxel_size) if spec.augment else None
+    augmentation = None
+    if spec.augment:
+        augmentation = augmentation_for(spec, data.image.voxel_size, data.index, measure_greys(data.train, data.index))
     validator = None
     if data.val is not None:
         validator = Validator(data.val, plan.patch, len(data.names), sigmoid=sigmoid, threads=context.threads)
@@ -111,16 +113,6 @@ def _task(spec: TrainSpec, data: Data, plan: TrainPlan, context: Context) -> Tas
         weight_decay=spec.weight_decay,
         seed=spec.seed,
     )
-
-
-def augmentation_for(spec: TrainSpec, voxel_size: tuple[float, float, float] | None) -> Augmentation:
-    """Allow turns in planes of equal voxel sizes only."""
-    sizes = voxel_size or (1.0, 1.0, 1.0)
-    if spec.dims == 2:
-        rest = [v for v, axis in zip(sizes, "zyx", strict=True) if axis != spec.axis]
-        sizes = (float("inf"), rest[0], rest[1])
-    pairs = [(a, b) for a, b in ((0, 1), (0, 2), (1, 2)) if abs(sizes[a] - sizes[b]) <= 0.1 * min(sizes[a], sizes[b])]
-    return Augmentation(turns=tuple(pairs), flips=(0, 1, 2) if spec.dims == 3 else (1, 2))
 
 
 def _context(
