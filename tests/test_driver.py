@@ -255,6 +255,15 @@ def test_a_block_that_kills_its_workers_is_set_aside_alone(tmp_path: Path, worke
     assert tally.workers_lost == MAX_CRASHES
 
 
+def test_workers_that_die_whatever_they_hold_stop_the_job(tmp_path: Path) -> None:
+    """Otherwise a machine without enough memory would go through all blocks of a large job, five crashes each."""
+    executor = Scripted({index: ["crash"] for index in range(3, 1000)}, workers=2)
+    run = Run(tmp_path / "out", executor, workers=2)
+    with pytest.raises(WorkersLostError, match="20 workers died one after the other"):
+        run(range(1000))
+    assert run.receipts == {0, 1, 2}
+
+
 def test_a_lost_node_is_no_strike(tmp_path: Path) -> None:
     executor = Scripted({4: [*["node"] * 50, "done"]})  # type: ignore[list-item]
     run = Run(tmp_path / "out", executor, attempts=1)

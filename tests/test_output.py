@@ -16,7 +16,7 @@ from volseg.errors import InputError, OutputExistsError, VerifyError, VolumeErro
 from volseg.execution.output import clear_for, create_output, finish, unsound
 from volseg.execution.prepare import Cores, Prepared, executor_of, local_cores, prepare
 from volseg.execution.verify import verify
-from volseg.memory import GIB
+from volseg.planning.memory import GIB
 from volseg.spec import SegmentSpec
 from volseg.storage import files
 from volseg.storage.ledger import Ledger
@@ -51,6 +51,13 @@ def spec_of(case: Case, output: Path, **options: Any) -> SegmentSpec:
 def job_of(case: Case, output: Path, **options: Any) -> Prepared:
     spec = spec_of(case, output, **options)
     return prepare(spec, Cores(2, 0, "cpu", 2, 4 * GIB), "serial")
+
+
+def test_an_overwrite_that_was_killed_half_way_can_be_repeated(case: Case, copy: Path) -> None:
+    (copy / "zarr.json").unlink()
+    with pytest.raises(OutputExistsError, match="volseg did not write it"):
+        segment(case, copy, **{**OPTIONS, "overlap": 0.5})
+    assert segment(case, copy, **{**OPTIONS, "overlap": 0.5}, overwrite=True)["status"] == "complete"
 
 
 def edit_receipts(output: Path, edit: Callable[[dict[str, Any]], bool]) -> None:

@@ -28,12 +28,11 @@ from tests.support import (
     wait_until,
 )
 from volseg.cluster import executor as executor_module
-from volseg.cluster.session import RaySession
 from volseg.cluster.worker import SegmentActor, Started
 from volseg.errors import BundleError, InputError, WorkersLostError
 from volseg.execution import policy
 from volseg.inference.attempt import Failure
-from volseg.plan import Plan
+from volseg.planning import Plan
 from volseg.spec import SegmentSpec
 from volseg.storage.ledger import Receipt
 

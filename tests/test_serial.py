@@ -11,7 +11,7 @@ from volseg.execution.driver import Driver, Hooks, Tally
 from volseg.execution.events import BlockDone, BlockFailed, Event, WorkerReady
 from volseg.execution.serial import SerialExecutor
 from volseg.inference.attempt import Failure
-from volseg.memory import IN_HAND
+from volseg.planning.memory import IN_HAND
 from volseg.storage.ledger import Ledger, Receipt
 
 LONG = 60.0

@@ -52,7 +52,7 @@ def partial_message(report: dict[str, Any]) -> str:
     failed = report["failed_blocks"]
     return (
         f"{len(failed)} of {report['blocks']['total']} blocks were set aside, the first is block {failed[0]['block']} "
-        f"at {failed[0]['box']}: {failed[0]['error']}; the output stays incomplete: mend the cause and run the same again"
+        f"at {failed[0]['box']}: {failed[0]['error']}; the output stays incomplete: mend the cause and run it again"
     )
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volseg.blockshape import CHUNK_SIDE, choose_block, chunk_for
 from volseg.geometry import BlockGrid, Box, PatchLattice, Triple, stride_for
+from volseg.planning.blockshape import CHUNK_SIDE, choose_block, chunk_for
 
 
 def lattice(shape: Triple, patch: Triple, overlap: float) -> PatchLattice:

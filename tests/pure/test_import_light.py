@@ -6,7 +6,7 @@ import sys
 import pytest
 
 HEAVY = ["torch", "ray", "zarr", "fsspec", "numcodecs", "tifffile", "psutil"]
-PURE = ["errors", "spec", "geometry", "blend", "intensity", "blockshape", "memory", "plan"]
+PURE = ["errors", "spec", "geometry", "blend", "intensity", "planning"]
 
 
 @pytest.mark.parametrize("module", ["volseg", *(f"volseg.{name}" for name in PURE)])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from volseg.memory import SLAB_VOXELS, BlockCost, predict
+from volseg.planning.memory import SLAB_VOXELS, BlockCost, predict
 
 COST = BlockCost(
     block=(32, 64, 64),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from volseg.errors import PlanError, SpecError
 from volseg.geometry import BlockGrid, PatchLattice, Triple
-from volseg.memory import GIB
-from volseg.plan import ModelFacts, Resources, VolumeFacts, make_plan
+from volseg.planning import ModelFacts, Resources, VolumeFacts, make_plan
+from volseg.planning.memory import GIB
 from volseg.spec import SegmentSpec
 
 BASELINE = 300 << 20
@@ -180,6 +180,11 @@ def test_a_resumed_job_keeps_its_blocks() -> None:
     for asked, memory in ((spec(), 8.0), (spec(block=32), 8.0), (spec(), 0.4)):
         plan = make_plan(asked, volume(192), model(), resources(memory), block=begun)
         assert plan.block == plan.shards == begun
+
+
+def test_a_resumed_job_respects_a_memory_limit_that_the_user_sets() -> None:
+    with pytest.raises(PlanError, match=r"this job was begun with it and keeps it: go on with --memory 0\.45"):
+        make_plan(spec(memory=0.4), volume(192), model(), resources(0.4), block=(64, 96, 128))
 
 
 def test_given_shards_and_chunks_are_kept() -> None:

@@ -25,8 +25,8 @@ def run_import(arguments: argparse.Namespace) -> Result:
         result = import_volume(
             arguments.source, arguments.destination, voxel_size=parse_floats(arguments.voxel_size, "--voxel-size"),
             unit=arguments.unit, chunks=_triple(arguments.chunks, "--chunks"),
-            shards=_triple(arguments.shards, "--shards"), labels=arguments.labels, class_names=_names(arguments.classes), overwrite=arguments.overwrite,
-            progress=line.update,
+            shards=_triple(arguments.shards, "--shards"), labels=arguments.labels,
+            class_names=_names(arguments.classes), overwrite=arguments.overwrite, progress=line.update,
         )  # fmt: skip
     return result, show.imported(result), 0
 

@@ -56,7 +56,7 @@ class ProgressLine:
             return
         elapsed = now - self._started
         left = f", about {clock(elapsed / done * (total - done))} left" if done and not ended else ""
-        line = " ".join(filter(None, [f"{self._title}: {done}/{total}", self._unit and f"{self._unit},", extra]))
+        line = ", ".join(filter(None, [f"{self._title}: {done}/{total} {self._unit}".rstrip(), extra]))
         if line != self._last:
             print(f"{line}, {clock(elapsed)}{left}", file=sys.stderr, flush=True)
             self._printed, self._last = now, line

@@ -16,8 +16,8 @@ from volseg.cluster.session import RaySession, node_answers
 from volseg.cluster.worker import WORKER_ENVIRONMENT, SegmentActor, Started
 from volseg.execution.events import BlockDone, BlockFailed, Event, WorkerFailed, WorkerLost, WorkerReady
 from volseg.inference.attempt import Failure
-from volseg.memory import IN_HAND
-from volseg.plan import Plan
+from volseg.planning import Plan
+from volseg.planning.memory import IN_HAND
 from volseg.spec import SegmentSpec
 
 

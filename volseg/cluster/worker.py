@@ -8,7 +8,7 @@ import ray
 
 from volseg.errors import InputError, VolsegError
 from volseg.inference.attempt import Failure
-from volseg.plan import Plan
+from volseg.planning import Plan
 from volseg.spec import SegmentSpec
 from volseg.storage.ledger import Receipt
 

@@ -17,7 +17,7 @@ from volseg.execution.events import (
     WorkerLost,
     WorkerReady,
 )
-from volseg.execution.policy import Decision, Strikes, after_error, after_loss, starts_exhausted
+from volseg.execution.policy import Decision, Strikes, after_error, after_loss, losses_exhausted, starts_exhausted
 from volseg.inference.attempt import Failure
 from volseg.storage.ledger import Ledger, Receipt
 
@@ -90,7 +90,7 @@ class Driver:
         self._again: deque[int] = deque()
         self._alone: deque[int] = deque()
         self._in_flight: set[int] = set()
-        self._failed_starts = 0
+        self._failed_starts = self._losses = 0
 
     def run(self, pending: Iterator[int]) -> None:
         """Work off `pending`; returns when every block is done or set aside.
@@ -155,6 +155,7 @@ class Driver:
     def _done(self, event: BlockDone) -> None:
         index = event.receipt.index
         self._in_flight.discard(index)
+        self._losses = 0
         self._ledger.add(event.receipt)
         self._tally.computed += 1
         self._tally.voxels += self._hooks.size(index)
@@ -185,6 +186,12 @@ class Driver:
         self._tally.workers_lost += 1
         what = f"its {len(event.blocks)} block(s) go to another" if event.blocks else "it had no block in hand"
         self._hooks.note(f"worker {event.worker} was lost ({event.cause}); {what}")
+        self._losses += not event.infrastructure
+        if losses_exhausted(self._losses):
+            raise WorkersLostError(
+                f"{self._losses} workers died one after the other and no block was finished between them, the last "
+                f"one: {event.cause}; the job stopped: fewer --workers or a smaller --memory may help, then run it again"
+            )
         for index in event.blocks:
             self._in_flight.discard(index)
             before = self._strikes.get(index, Strikes())

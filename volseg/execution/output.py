@@ -41,6 +41,11 @@ def clear_for(job: Prepared, note: Note) -> None:
         # A driver that died while it made the output left a folder without metadata, but with this job's header.
         if nodes.read_node(output) is None and Ledger(output, job.job_key).header() is not None:
             return
+        # An --overwrite that was killed half way left the old job's ledger, which goes last.
+        if job.spec.overwrite and nodes.read_node(output) is None and files.exists(ledger_root(output)):
+            files.remove(output)
+            files.remove(ledger_root(output))
+            return
         raise OutputExistsError(
             f"output {output} exists and volseg did not write it; nothing was done: choose another place, or move it "
             "away"
@@ -89,7 +94,7 @@ def create_output(job: Prepared) -> None:
     """Create the output's arrays, marked incomplete, where they are not there yet."""
     spec, plan, manifest = job.spec, job.plan, job.manifest
     # The last of what is written below: while it is missing, a driver died on the way here.
-    if files.exists(files.join(spec.output, "0", "zarr.json")):
+    if files.exists(files.join(spec.output, "zarr.json")):
         _check_mine(job)
         return
     marks = {

@@ -13,6 +13,10 @@ MAX_CRASHES = 5
 """Workers that may die with one block in hand before the block is set aside."""
 
 
+MAX_LOSSES = 4 * MAX_CRASHES
+"""Workers that may die one after the other, with no block finished between them, before the job stops."""
+
+
 @dataclass(frozen=True)
 class Strikes:
     """What a block has behind it: errors that it raised, and workers that died while they held it."""
@@ -41,6 +45,11 @@ def _retry(strikes: Strikes) -> Decision:
     # A block that was there when a worker died for a second time runs alone on its worker from then on, so that its
     # neighbour in the pipeline does not get the blame.
     return "retry alone" if strikes.crashes >= 2 else "retry"
+
+
+def losses_exhausted(lost_in_a_row: int) -> bool:
+    """Tell whether so many workers died without one finished block between that no block is to blame."""
+    return lost_in_a_row >= MAX_LOSSES
 
 
 def starts_exhausted(failed_in_a_row: int, workers: int) -> bool:

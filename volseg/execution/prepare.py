@@ -17,10 +17,10 @@ import psutil
 
 from volseg.errors import InputError
 from volseg.geometry import Triple
-from volseg.memory import BASELINE_ACTOR, BASELINE_SERIAL, GIB
 from volseg.models.config import to_network, to_volume
 from volseg.models.manifest import BundleManifest, read_manifest
-from volseg.plan import ModelFacts, Plan, Resources, VolumeFacts, make_plan
+from volseg.planning import ModelFacts, Plan, Resources, VolumeFacts, make_plan
+from volseg.planning.memory import BASELINE_ACTOR, BASELINE_SERIAL, GIB
 from volseg.spec import SegmentSpec
 from volseg.storage import files
 from volseg.storage.volume import Volume, open_volume

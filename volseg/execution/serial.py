@@ -10,7 +10,7 @@ from typing import Protocol
 from volseg.errors import JobInterrupted
 from volseg.execution.events import BlockDone, BlockFailed, Event, WorkerReady
 from volseg.inference.attempt import Failure
-from volseg.memory import IN_HAND
+from volseg.planning.memory import IN_HAND
 from volseg.storage.ledger import Receipt
 
 

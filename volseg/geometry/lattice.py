@@ -53,6 +53,11 @@ class AxisLattice:
             end = last
         return range(first, end + 1)
 
+    def reach(self, start: int, stop: int) -> tuple[int, int]:
+        """Return first voxel and end of what the patches that touch ``start:stop`` cover, inside the volume."""
+        indices = self.touching(start, stop)
+        return self.origin(indices[0]), min(self.origin(indices[-1]) + self.patch, self.size)
+
     def neighbours(self, i: int) -> range:
         """Return the indices of all patches that share a voxel with patch `i`, itself included."""
         origin = self.origin(i)
@@ -102,10 +107,9 @@ class PatchLattice:
         """Return what must be read to compute every patch that touches `box`: block plus halo, inside the volume."""
         if box.size == 0:
             return Box(box.start, box.start)
-        spans = []
-        for axis, indices in zip(self.axes, self.ranges(box), strict=True):
-            spans.append((axis.origin(indices[0]), min(axis.origin(indices[-1]) + axis.patch, axis.size)))
-        (z0, z1), (y0, y1), (x0, x1) = spans
+        (z0, z1), (y0, y1), (x0, x1) = (
+            axis.reach(a, b) for axis, a, b in zip(self.axes, box.start, box.stop, strict=True)
+        )
         return Box((z0, y0, x0), (z1, y1, x1))
 
 

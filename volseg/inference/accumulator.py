@@ -8,7 +8,7 @@ from torch import Tensor
 
 from volseg.blend import ONE, Window, axis_weights
 from volseg.geometry import Box, PatchLattice, Triple
-from volseg.memory import SLAB_VOXELS
+from volseg.planning.memory import SLAB_VOXELS
 
 
 class Accumulator:

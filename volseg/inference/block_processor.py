@@ -20,7 +20,7 @@ from volseg.geometry import Box
 from volseg.inference.accumulator import Accumulator
 from volseg.inference.predictor import Predictor
 from volseg.models.bundle import load_network
-from volseg.plan import Plan
+from volseg.planning import Plan
 from volseg.spec import SegmentSpec
 from volseg.storage import files
 from volseg.storage.digest import digest

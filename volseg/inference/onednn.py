@@ -1,8 +1,8 @@
 """Convolutions straight through oneDNN on CPUs.
 
 torch's dispatcher sends a 3D convolution whose batch x channels x depth x height is at most 20,480 to a kernel that
-unfolds the input 27 times. With one patch a forward that is the first layer and most of the deep ones: 1.3 times the time
-of a 64^3 forward of a 16-32-64-128 U-Net, 5 times that of a 32^3 forward of 8-16-32, and most of their memory.
+unfolds the input 27 times. With one patch a forward that is the first layer and most of the deep ones: 1.3 times the
+time of a 64^3 forward of a 16-32-64-128 U-Net, 5 times that of a 32^3 forward of 8-16-32, and most of their memory.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from volseg.inference.attempt import Failure, attempt
 from volseg.inference.block_processor import BlockProcessor
 from volseg.inference.predictor import fingerprint
 from volseg.models.allocator import keep_freed_memory
-from volseg.plan import Plan
+from volseg.planning import Plan
 from volseg.spec import SegmentSpec
 from volseg.storage.ledger import Receipt
 from volseg.storage.volume import configure

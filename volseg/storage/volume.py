@@ -253,8 +253,9 @@ def create_array(uri: str, layout: Layout, attributes: Mapping[str, Any], path: 
     """
     uri = files.absolute(uri)
     document = arrays.array_document(layout.shape, layout.chunks, layout.shards, layout.dtype, layout.channels)
-    files.write_bytes(files.join(uri, "zarr.json"), _group_document(attributes))
+    # The group comes last: what it says of the array is true from the moment that it can be read.
     files.write_bytes(files.join(uri, path, "zarr.json"), document)
+    files.write_bytes(files.join(uri, "zarr.json"), _group_document(attributes))
     return ArrayWriter(files.join(uri, path))
 
 
