@@ -54,8 +54,16 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         reason = f"{type(error).__name__}: {error}"
         return _fail(f"unexpected {reason}; this is a bug of volseg: VOLSEG_DEBUG=1 shows where", 4, wants_json)
-    print(json.dumps(document) if wants_json else text)
+    _print(json.dumps(document) if wants_json else text)
     return code
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Whoever read has seen enough (`volseg info ... | head`); Python must not fail again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def execute(words: Sequence[str] | None) -> commands.Result:
@@ -162,10 +170,7 @@ def _formatter() -> Any:
 
 def _fail(message: str, code: int, wants_json: bool, report: dict[str, Any] | None = None) -> int:
     if wants_json:
-        print(
-            json.dumps(
-                {"status": "error", "error": message, "exit_code": code, **({"report": report} if report else {})}
-            )
-        )
+        document = {"status": "error", "error": message, "exit_code": code}
+        _print(json.dumps(document | ({"report": report} if report else {})))
     print(f"volseg: {message}", file=sys.stderr)
     return code

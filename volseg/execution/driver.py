@@ -190,7 +190,7 @@ class Driver:
         if losses_exhausted(self._losses):
             raise WorkersLostError(
                 f"{self._losses} workers died one after the other and no block was finished between them, the last "
-                f"one: {event.cause}; the job stopped: fewer --workers or a smaller --memory may help, then run it again"
+                f"one: {event.cause}; the job stopped: fewer --workers or less --memory may help, then run it again"
             )
         for index in event.blocks:
             self._in_flight.discard(index)
