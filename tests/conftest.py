@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """The command line, run inside the test process, takes SIGTERM for itself."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +56,3 @@ def flat_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("flat")
     image = store(folder / "image.zarr", smooth((13, 26, 22), seed=5))
     return Case(image, make_bundle(folder / "bundle", dims=2, classes=2, patch=(1, 16, 16)), folder)
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Path:
-    """A folder below which nothing exists yet."""
-    return tmp_path / "work"

@@ -30,6 +30,9 @@ from volseg.models.registry import build
 from volseg.models.unet import UNet
 from volseg.spec import SegmentSpec
 
+# Two cores are all there is: more threads would only wait for each other.
+torch.set_num_threads(1)
+
 T = TypeVar("T")
 LONGEST = 120.0
 """Seconds after which a test gives up waiting; never a measure of anything."""
@@ -96,10 +99,10 @@ def _balance(net: torch.nn.Module, channels: int, dims: int) -> None:
     with torch.inference_mode():
         logits = net(x).transpose(0, 1).flatten(1)
     spread, centre = logits.std(dim=1), logits.median(dim=1).values
+    weight, bias = net.head.get_parameter("weight"), net.head.get_parameter("bias")
     with torch.no_grad():
-        net.head.weight.mul_((2 / spread).view(-1, *[1] * (net.head.weight.ndim - 1)))
-        assert net.head.bias is not None
-        net.head.bias.sub_(centre).mul_(2 / spread)
+        weight.mul_((2 / spread).view(-1, *[1] * (weight.ndim - 1)))
+        bias.sub_(centre).mul_(2 / spread)
 
 
 def segment(case: Case, output: Path, **options: Any) -> dict[str, Any]:
@@ -204,17 +207,18 @@ def done_blocks(output: Path | str) -> set[int]:
 def descendants(pid: int) -> list[psutil.Process]:
     """Return all processes below `pid`; none where it is gone."""
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
 
 def actors(pid: int) -> list[psutil.Process]:
     """Return the processes of segmenting Ray actors below `pid`."""
-    return [p for p in descendants(pid) if "SegmentActor" in _title(p)]
+    return [p for p in descendants(pid) if "SegmentActor" in title(p)]
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
+    """Return a process' command line, empty where it is gone; Ray's workers write there what they do."""
     try:
         return " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):

@@ -198,9 +198,7 @@ def test_blending_is_right(tmp_path: Path, blend: str, overlap: float) -> None:
     assert_same(bits(case, tmp_path / "b.zarr", overlap=overlap, blend=blend, patch="12,16,8", block="16,11,10"), found)
 
 
-@pytest.mark.parametrize(
-    ("axis", "patch"), [("z", (1, 16, 12)), ("y", (16, 1, 12)), ("x", (16, 12, 1))]
-)
+@pytest.mark.parametrize(("axis", "patch"), [("z", (1, 16, 12)), ("y", (16, 1, 12)), ("x", (16, 12, 1))])
 def test_slice_axes(flat_case: Case, tmp_path: Path, axis: str, patch: Triple) -> None:
     text = ",".join(map(str, patch))
     found = bits(flat_case, tmp_path / "a.zarr", axis=axis, patch=text, overlap=0.5)

@@ -1,4 +1,4 @@
-"""Kills, interruptions and repetitions: the same command finishes the job, computes nothing twice, and the bits stay."""
+"""Kills, interruptions, repetitions: the same command finishes the job, computes nothing twice, and the bits stay."""
 
 from __future__ import annotations
 
@@ -230,14 +230,20 @@ def test_overwrite_waits_for_the_other_job(case: Case, undisturbed: Path, tmp_pa
 # ---------------------------------------------------------------- what a resume keeps and checks
 
 
-def part(case: Case, output: Path, blocks: int, **options: Any) -> int:
+def part(case: Case, output: Path, blocks: int) -> int:
     """Interrupt a job when `blocks` blocks are done; return how many are."""
 
     def stop(tally: Tally) -> None:
         if tally.computed >= blocks:
             raise KeyboardInterrupt
 
-    values = {"input": case.image, "output": str(output), "model": case.bundle, "executor": "serial", **OPTIONS, **options}
+    values = {
+        "input": case.image,
+        "output": str(output),
+        "model": case.bundle,
+        "executor": "serial",
+        **OPTIONS,
+    }
     with pytest.raises(JobInterrupted, match=f"of {BLOCKS} blocks are done and kept"):
         api.run_segment(SegmentSpec.read(values), stop)
     return len(done_blocks(output))
@@ -323,7 +329,7 @@ def test_another_device_is_refused_unless_named(case: Case, undisturbed: Path, t
     (numerics,) = Path(f"{output}.volseg").glob("*/numerics.json")
     first = json.loads(numerics.read_text())
     numerics.write_text(json.dumps({**first, "chip": "abacus", "name": "0123456789ab"}))
-    with pytest.raises(InputError, match="chip abacus then, .* now") as refused:
+    with pytest.raises(InputError, match=r"chip abacus then, .* now") as refused:
         segment(case, output, **OPTIONS)
     assert f"--allow-device {first['name']}" in str(refused.value)
     assert len(done_blocks(output)) == done

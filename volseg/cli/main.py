@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from volseg import __version__
 from volseg.cli import commands
 from volseg.cli.options import Parser, add_spec_options, parse
 from volseg.errors import InputError, VolsegError
@@ -52,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("VOLSEG_DEBUG"):
             raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return _fail(f"unexpected {reason}; this is a bug of volseg: VOLSEG_DEBUG=1 shows where", 4, wants_json)
     _print(json.dumps(document) if wants_json else text)
     return code
@@ -84,6 +85,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         prog="volseg", description="Segment tomography volumes that exceed memory: Zarr in, labels out.",
         epilog=_EPILOG, formatter_class=_formatter(), allow_abbrev=False,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"volseg {__version__}", help="print the version")
     groups = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     known: dict[str, Parser] = {}
 

@@ -56,11 +56,16 @@ def verified(result: dict[str, Any]) -> str:
     lines = [f"{result['status']}: {blocks['with_receipt']} of {blocks['total']} blocks have a receipt; {how}"]
     if result["status"] == "incomplete":
         lines.append("run the same 'volseg segment' command again to finish it")
-    lines += [f"block {d['block']} at {d['box']}: {d['error']}" for d in result["damaged"][:10]]
-    if result["damaged"]:
+    damaged = result["damaged"]
+    lines += [
+        f"block {d['block']} at {d['box']}: {d['error']}; stored in {', '.join(d['objects'])}" for d in damaged[:10]
+    ]
+    if len(damaged) > 10:
+        lines.append(f"and {len(damaged) - 10} more: --json names them all")
+    if damaged:
         lines.append(
-            "run the same 'volseg segment' command again: it computes what is absent or has another size; "
-            "where only --deep finds damage, add nothing and remove the named objects first"
+            "run the same 'volseg segment' command again: it computes what is absent or has another size; where the "
+            f"size is right, remove the object from {result['output']} first"
         )
     return "\n".join(lines)
 
@@ -112,6 +117,8 @@ class TrainingLine:
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)) and len(value) <= 4 and not any(isinstance(v, dict) for v in value):
         return ", ".join(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_plain(part)}" for name, part in value.items())
     if isinstance(value, float):
         return f"{value:.6g}"
     return "none" if value is None else str(value)

@@ -20,8 +20,9 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
     """Check a segmentation against its ledger: every block has a receipt, every object its recorded size.
 
     With `deep`, every block is read and its digest compared, too. The answer's `status` is verified, incomplete (blocks
-    without a receipt, or the job did not end) or damaged (blocks named in `damaged`). Raises VolumeError where `output`
-    is no segmentation of volseg, VerifyError where the metadata of an array of it is gone.
+    without a receipt, or the job did not end) or damaged (blocks named in `damaged`, with their stored objects relative
+    to `output`). Raises VolumeError where `output` is no segmentation of volseg, VerifyError where the metadata of an
+    array of it is gone.
     """
     output = files.absolute(output)
     marks = marks_of(output)
@@ -54,7 +55,12 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
         "objects": sum(len(receipt.objects) for receipt in receipts.values()),
         "bytes": sum(sum(receipt.objects.values()) for receipt in receipts.values()),
         "damaged": [
-            {"block": index, "box": str(grid.box(index)), "error": message}
+            {
+                "block": index,
+                "box": str(grid.box(index)),
+                "error": message,
+                "objects": sorted(receipts[index].objects),
+            }
             for index, message in sorted(damaged.items())
         ],
     }

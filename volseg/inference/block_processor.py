@@ -19,6 +19,7 @@ from volseg.errors import BundleError, CorruptChunkError, JobInterrupted, NonFin
 from volseg.geometry import Box
 from volseg.inference.accumulator import Accumulator
 from volseg.inference.predictor import Predictor
+from volseg.models.allocator import release_freed_memory
 from volseg.models.bundle import load_network
 from volseg.planning import Plan
 from volseg.spec import SegmentSpec
@@ -110,6 +111,8 @@ class BlockProcessor:
         started = time.perf_counter()
         before, seconds = self._predictor.forwards, self._predictor.seconds
         plan = self._plan
+        if self._device.type == "cpu":
+            release_freed_memory()
         voxels = torch.from_numpy(_native(raw.voxels)).to(self._device)
         accumulator = Accumulator(raw.wanted, plan.lattice, self._spec.blend, self._predictor.sums, self._device)
         indices = list(plan.lattice.touching(raw.wanted))

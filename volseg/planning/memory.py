@@ -88,7 +88,8 @@ def predict(cost: BlockCost, baseline: int) -> MemoryEstimate:
         # scaled patches, logits, probabilities, and the weighted product as float and as integer
         "patch": cost.activation_bytes + 4 * patch * (cost.batch * cost.channels + (cost.batch + 3) * cost.sums),
         "accumulator": 4 * block * cost.sums,
-        # the blocks in hand, one copy read back to be checked, and the temporary slab of 64-bit sums
-        "output": (IN_HAND + 1) * written + 12 * slab,
+        # the blocks in hand; while one is written its encoded chunks, the shard made of them and a copy of it, where
+        # later stands what is read back to be checked; and the temporary slab of 64-bit sums
+        "output": (IN_HAND + 3) * written + 12 * slab,
     }
     return MemoryEstimate(baseline=baseline, allocator=int(_ALLOCATOR_SHARE * sum(terms.values())), **terms)
