@@ -232,6 +232,40 @@ def test_what_concerns_every_block_stops_the_job_at_once(tmp_path: Path) -> None
     assert run.receipts == {0, 1, 2, 3, 4}
 
 
+class Slow(Scripted):
+    """All workers but the first are ready only after the first block is done; `took` says who got which block."""
+
+    def start(self) -> None:
+        super().start()
+        self.gone = set(range(1, self.workers))
+        self.took: dict[int, int] = {}
+        self.most = 0
+
+    def submit(self, index: int, *, alone: bool = False) -> None:
+        worker = self.free(alone)
+        super().submit(index, alone=alone)
+        assert worker is not None
+        self.took[index] = worker
+        self.most = max(self.most, *map(len, self.hands))
+
+    def finish(self, worker: int) -> list[Event]:
+        self.gone = set()
+        return super().finish(worker)
+
+
+def test_the_last_blocks_wait_for_workers_that_still_start(tmp_path: Path) -> None:
+    """A worker that takes two of the last two blocks ahead would leave the other one idle."""
+    executor = Slow(workers=2)
+    Run(tmp_path / "out", executor, workers=2)(range(2))
+    assert executor.most == 1
+
+
+def test_the_last_round_has_one_block_a_worker(tmp_path: Path) -> None:
+    executor = Slow(workers=3)
+    Run(tmp_path / "out", executor, workers=3)(range(12))
+    assert len({executor.took[index] for index in (9, 10, 11)}) == 3
+
+
 # ---------------------------------------------------------------- losses of workers
 
 

@@ -122,7 +122,7 @@ class Driver:
         # A suspect waits for an idle worker; with others in the queue none would ever be idle.
         if self._alone:
             return waiting
-        while self._executor.capacity():
+        while self._executor.capacity(alone=self._last_round()):
             if self._again:
                 self._submit(self._again.popleft())
             elif waiting is not None:
@@ -131,6 +131,15 @@ class Driver:
             else:
                 break
         return waiting
+
+    def _last_round(self) -> bool:
+        """Tell whether what is left suffices for one block a worker.
+
+        Then no worker takes a second one ahead: it would lie there while another worker is idle, or still starting.
+        """
+        tally = self._tally
+        left = tally.total - tally.done - len(tally.failed) - len(self._in_flight)
+        return 1 < self._workers and left <= self._workers
 
     def _submit(self, index: int, *, alone: bool = False) -> None:
         self._in_flight.add(index)
