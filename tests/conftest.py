@@ -33,7 +33,10 @@ def one_ray() -> Iterator[None]:
 
     from volseg.cluster.session import RaySession
 
+    handler = signal.getsignal(signal.SIGTERM)
     with RaySession(None, workers=4):
+        # Ray takes SIGTERM for itself: a driver would end with no word on how to go on.
+        assert signal.getsignal(signal.SIGTERM) is handler
         yield
     assert not ray.is_initialized()
 

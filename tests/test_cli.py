@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from tests.support import Case, labels_of, run, segment_words, smooth
+from tests.support import Case, labels_of, run, smooth
 from volseg import __version__, api
 from volseg.cli import commands
 from volseg.cli.main import build_parser, main
@@ -214,15 +214,3 @@ def test_console_script_and_module_are_one(case: Case) -> None:
     by_module = run("info", case.image, "--json")
     assert json.loads(by_name.stdout) == json.loads(by_module.stdout)
     assert not by_name.stderr
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_embedded_ray_leaves_stdout_to_the_result(case: Case, tmp_path: Path) -> None:
-    """Its daemons and workers are chatty; and auto means Ray for two workers."""
-    words = segment_words(case, tmp_path / "out.zarr", "--overlap", 0, "--workers", 2, "--block", "20,23,25", "--json")
-    done = run(*words)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["workers"] == {"used": 2, "lost": 0}
-    assert all(line.startswith("segment: ") for line in done.stderr.splitlines())

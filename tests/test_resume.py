@@ -92,29 +92,23 @@ def test_driver_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_driver_of_ray_workers_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
+def test_driver_of_ray_workers_killed_then_everything(case: Case, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.zarr"
     with process(*segment_words(case, output, *RAY)) as job:
         started(job, output)
         workers = actors(job.pid)
-        assert len(workers) == 2
         os.kill(job.pid, signal.SIGKILL)
         assert job.wait(LONGEST) == -signal.SIGKILL
         # Workers do not outlive their driver: nobody goes on computing for nothing.
+        assert workers
         assert not psutil.wait_procs(workers, timeout=LONGEST)[1]
-    # Who finishes does not matter: the executor is no part of the job.
-    assert_resumes(case, output, undisturbed, SERIAL)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_everything_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.zarr"
+    before = set(receipts_of(output))
     with process(*segment_words(case, output, *RAY)) as job:
-        started(job, output)
+        wait_until(lambda: set(receipts_of(output)) - before, job)
         for member in [*descendants(job.pid), psutil.Process(job.pid)]:
             member.kill()
         job.wait(LONGEST)
+    # Who finishes does not matter: the executor is no part of the job.
     assert_resumes(case, output, undisturbed, SERIAL)
 
 
@@ -157,20 +151,23 @@ def test_interrupted(case: Case, undisturbed: Path, tmp_path: Path, number: sign
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_ray_interrupted(case: Case, tmp_path: Path, number: signal.Signals) -> None:
+def test_ray_interrupted(case: Case, undisturbed: Path, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the driver and to all that Ray started."""
     output = tmp_path / "out.zarr"
     with process(*segment_words(case, output, *RAY, "--json")) as job:
         started(job, output)
         workers = actors(job.pid)
-        # A terminal sends Ctrl-C to the whole group, a supervisor sends SIGTERM to the process.
-        if number == signal.SIGINT:
-            os.killpg(job.pid, number)
-        else:
-            job.send_signal(number)
+        os.killpg(job.pid, signal.SIGINT)
         out, err = job.communicate(timeout=LONGEST)
         assert not psutil.wait_procs(workers, timeout=LONGEST)[1]
     assert_stopped(job.returncode, out, err, output)
+    # Ray's daemons and workers are chatty: the second run's stdout holds its report alone, its stderr progress alone.
+    words = segment_words(case, output, *WORDS, "--workers", 2, "--json")
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["workers"] == {"used": 2, "lost": 0}
+    assert all(line.startswith("segment: ") for line in done.stderr.splitlines()), done.stderr
+    assert_whole(output, undisturbed)
 
 
 def assert_stopped(code: int, out: str, err: str, output: Path) -> None:

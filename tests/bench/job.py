@@ -54,7 +54,7 @@ def volseg(folder: Path, executor: str, patch: int, overlap: float) -> Timing:
     report = run_segment(SegmentSpec.read(values))
     seconds, workers = report["seconds"], report["workers"]["used"]
     return {
-        "start": seconds["start"], "work": seconds["wall"] - seconds["start"], "forward": seconds["forward"] / workers,
+        "start": seconds["start"], "work": seconds["wall"] - seconds["start"] - seconds["stop"], "forward": seconds["forward"] / workers,
         "forwards": report["forwards"], "peak": report["memory"]["peak"] * workers,
     }  # fmt: skip
 

@@ -43,6 +43,8 @@ class Tally:
     """When the first worker was ready; on the clock of `started`."""
     ended: float | None = None
     """When the last block was done or set aside."""
+    stop_seconds: float = 0.0
+    """How long the executor took to stop."""
 
     @property
     def done(self) -> int:
@@ -111,9 +113,11 @@ class Driver:
                 self._ledger.tick(self._tally.as_dict())
                 self._hooks.report(self._tally)
         finally:
+            stopping = time.monotonic()
             try:
                 self._executor.stop()
             finally:
+                self._tally.stop_seconds = time.monotonic() - stopping
                 self._ledger.tick(self._tally.as_dict(), force=True)
 
     def _hand_out(self, pending: Iterator[int], waiting: int | None) -> int | None:

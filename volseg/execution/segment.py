@@ -116,6 +116,7 @@ def _report(job: Prepared, tally: Tally, before: Tally, wall: float) -> dict[str
             "wall": round(wall, 3),
             "start": round((tally.ready or tally.started) - tally.started, 3),
             "work": round((tally.ended or tally.started) - (tally.ready or tally.started), 3),
+            "stop": round(tally.stop_seconds, 3),
             **{name: round(stats.get(f"{name}_seconds", 0.0), 3) for name in ("read", "compute", "forward", "write")},
         },
         "workers": {"used": plan.workers, "lost": tally.workers_lost},
