@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def main() -> None:
 
 def _run(side: str, folder: str, arguments: argparse.Namespace) -> job.Timing:
     words = [sys.executable, "-m", "tests.bench.job", side, folder, str(arguments.patch), str(arguments.overlap)]
-    environment = {**__import__("os").environ, **ALLOCATOR}
+    environment = {**os.environ, **ALLOCATOR}
     done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
     timing: job.Timing = json.loads(done.stdout.splitlines()[-1])
     print(f"{side}: {timing}", file=sys.stderr, flush=True)
@@ -57,10 +58,10 @@ def _print(results: dict[str, list[job.Timing]]) -> None:
     reference = median("monai", "work")
     print(f"{'':14} {'start s':>8} {'work s':>8} {'x its forwards':>15} {'x MONAI':>8} {'forwards':>9} {'peak MiB':>9}")
     for side in results:
-        forward = median(side, "forward")
+        work = median(side, "work")
         print(
-            f"{side:14} {median(side, 'start'):8.2f} {median(side, 'work'):8.2f} {median(side, 'work') / forward:15.3f} "
-            f"{median(side, 'work') / reference:8.3f} {median(side, 'forwards'):9.0f} {median(side, 'peak') / 2**20:9.0f}"
+            f"{side:14} {median(side, 'start'):8.2f} {work:8.2f} {work / median(side, 'forward'):15.3f} "
+            f"{work / reference:8.3f} {median(side, 'forwards'):9.0f} {median(side, 'peak') / 2**20:9.0f}"
         )
 
 

@@ -54,8 +54,9 @@ def volseg(folder: Path, executor: str, patch: int, overlap: float) -> Timing:
     report = run_segment(SegmentSpec.read(values))
     seconds, workers = report["seconds"], report["workers"]["used"]
     return {
-        "start": seconds["start"], "work": seconds["wall"] - seconds["start"] - seconds["stop"], "forward": seconds["forward"] / workers,
-        "forwards": report["forwards"], "peak": report["memory"]["peak"] * workers,
+        "start": seconds["start"], "work": seconds["wall"] - seconds["start"] - seconds["stop"],
+        "forward": seconds["forward"] / workers, "forwards": report["forwards"],
+        "peak": report["memory"]["peak"] * workers,
     }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ class Driver:
         """
         tally = self._tally
         left = tally.total - tally.done - len(tally.failed) - len(self._in_flight)
-        return 1 < self._workers and left <= self._workers
+        return self._workers > 1 and left <= self._workers
 
     def _submit(self, index: int, *, alone: bool = False) -> None:
         self._in_flight.add(index)

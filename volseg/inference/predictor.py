@@ -105,8 +105,7 @@ def fingerprint(device: str) -> dict[str, str]:
         facts |= {
             "chip": torch.cuda.get_device_name(),
             "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-           ,
+            "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         }
     else:
         facts |= {"chip": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
