@@ -277,6 +277,12 @@ def _(lab: Lab) -> list[str]:
     return lab.segment(image=_not_finite(lab, np.nan))
 
 
+@item("nan in the image of a training", "holds NaN or Inf near slice", "replace them")
+def _(lab: Lab) -> list[str]:
+    labels = store(lab.path / "labels.zarr", np.arange(20 * 21 * 22).reshape(SHAPE) % 2)
+    return lab.train(labels, image=_not_finite(lab, np.nan))
+
+
 @item("inf in the input", "1 voxels that are NaN or Inf", "--nan fill", code=3)
 def _(lab: Lab) -> list[str]:
     return lab.segment(image=_not_finite(lab, -np.inf, "float16"))
@@ -310,6 +316,35 @@ def _(lab: Lab) -> list[str]:
     chunk = path / "1.0.1"
     chunk.write_bytes(chunk.read_bytes()[:-9])
     return lab.segment(image=path)
+
+
+def _torn(lab: Lab, name: str, values: Any) -> str:
+    path = Path(store(lab.path / name, values, chunks=(16, 16, 16)))
+    chunk = path / "c" / "0" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    return str(path)
+
+
+@item("truncated chunk: train", r"chunk c/0/0/0 of .*labels\.zarr", "truncated or damaged", code=4)
+def _(lab: Lab) -> list[str]:
+    return lab.train(_torn(lab, "labels.zarr", np.arange(20 * 21 * 22).reshape(SHAPE) % 2))
+
+
+@item("truncated chunk: image of train", r"chunk c/0/0/0 of .*scan\.zarr", "truncated or damaged", code=4)
+def _(lab: Lab) -> list[str]:
+    labels = store(lab.path / "labels.zarr", np.arange(20 * 21 * 22).reshape(SHAPE) % 2)
+    return lab.train(labels, image=_torn(lab, "scan.zarr", smooth(SHAPE)))
+
+
+@item("truncated chunk: evaluate", r"chunk c/0/0/0 of .*labels\.zarr", "truncated or damaged", code=4)
+def _(lab: Lab) -> list[str]:
+    return ["evaluate", lab.image, _torn(lab, "labels.zarr", np.arange(20 * 21 * 22).reshape(SHAPE) % 2)]
+
+
+@item("truncated chunk: overlay", r"chunk c/0/0/0 of .*labels\.zarr", "truncated or damaged", code=4)
+def _(lab: Lab) -> list[str]:
+    labels = _torn(lab, "labels.zarr", np.arange(20 * 21 * 22).reshape(SHAPE) % 2)
+    return ["overlay", lab.image, labels, str(lab.path / "o.png")]
 
 
 @item("bit flip under a checksum", r"chunk c/0/1/0 of .*image\.zarr", "restore it", code=3)
