@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -68,6 +67,7 @@ def monai(folder: Path, patch: int, overlap: float) -> Timing:
     import zarr
     from monai.inferers import sliding_window_inference
 
+    from volseg.inference.worker import resident_peak
     from volseg.models.bundle import load_network
 
     torch.set_num_threads(CORES)
@@ -92,8 +92,9 @@ def monai(folder: Path, patch: int, overlap: float) -> Timing:
     )
     output[:] = labels
     work = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"start": begun - started, "work": work, "forward": forward[0], "forwards": forward[1], "peak": peak}
+    return {
+        "start": begun - started, "work": work, "forward": forward[0], "forwards": forward[1], "peak": resident_peak(),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -46,15 +46,20 @@ class Worker:
 
     def peak_memory(self) -> int:
         """Return this process' resident peak in bytes."""
-        status = Path("/proc/self/status")
-        if status.exists():
-            # Not from getrusage: there a new process begins with the peak of the one that started it.
-            (kib,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-            return int(kib) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return resident_peak()
 
     def close(self) -> None:
         """Stop blocks under way and give torch its threads back."""
         self._processor.cancel()
         torch.set_num_threads(self._threads)
+
+
+def resident_peak() -> int:
+    """Return the largest resident size that this process ever had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not from getrusage: there a new process begins with the peak of the one that started it.
+        (kib,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(kib) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
