@@ -56,7 +56,7 @@ TRAIN: dict[str, tuple[str, Any, Any]] = {
     "activation": ("silu", "silu", "silu"),
     "up": ("nearest", "nearest", "nearest"),
     "norm": ("group", "group", "group"),
-    "residual": ("no", False, False),
+    "residual": ("", True, True),
     "dropout": ("0.1", 0.1, 0.1),
     "learning_rate": ("0.001", 0.001, 0.001),
     "weight_decay": ("0", 0, 0.0),

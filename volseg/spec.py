@@ -148,7 +148,7 @@ class TrainSpec(Spec):
     activation: Literal["relu", "leaky_relu", "silu"] = Field("relu", description="activation function")
     up: Literal["transpose", "nearest"] = Field("transpose", description="upsampling: learnt or nearest neighbour")
     norm: Literal["batch", "instance", "group", "none"] = Field("batch", description="normalisation layers")
-    residual: bool = Field(True, description="residual connections around the convolutions of a level")
+    residual: bool = Field(False, description="residual connections around the convolutions of a level")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout probability at each level")
     learning_rate: float = Field(2e-3, gt=0.0, le=1.0, description="peak learning rate of AdamW")
     weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="weight decay of AdamW")
