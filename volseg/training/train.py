@@ -17,7 +17,7 @@ from volseg.models.config import to_volume
 from volseg.models.manifest import MANIFEST_NAME, BundleManifest, ClassInfo
 from volseg.models.registry import build
 from volseg.spec import TrainSpec
-from volseg.storage import files
+from volseg.storage import files, ome
 from volseg.training.checkpoint import Workplace, check_same
 from volseg.training.curve import draw_curve
 from volseg.training.data import Data, open_data, volume_shape
@@ -29,12 +29,6 @@ from volseg.training.sampler import Sampler
 from volseg.training.validate import Validator
 
 Note = Callable[[str], None]
-
-# Tol's bright and muted schemes, without the grey.
-_PALETTE = (
-    "#000000", "#ee6677", "#4477aa", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#009988", "#cc3311",
-    "#0077bb", "#ee3377", "#33bbee", "#882255", "#44aa99", "#ddcc77",
-)  # fmt: skip
 
 
 def train(spec: TrainSpec, progress: ProgressCallback | None = None, note: Note | None = None) -> TrainResult:
@@ -191,13 +185,14 @@ def _manifest(
 ) -> BundleManifest:
     from importlib.metadata import version
 
-    colours = {i: "#{:02x}{:02x}{:02x}".format(*rgba[:3]) for i, rgba in data.labels.colours.items()}
+    # Those of the labels where they have any; elsewhere the ones that every picture of volseg uses.
+    colours = {**dict(enumerate(ome.default_colours(len(data.names)))), **data.labels.colours}
     scores = outcome.scores
     return BundleManifest(
         architecture="unet",
         arguments=plan.config.model_dump(mode="json"),
         classes=tuple(
-            ClassInfo(id=i, name=name, color=colours.get(i, _PALETTE[i % len(_PALETTE)]))
+            ClassInfo(id=i, name=name, color="#{:02x}{:02x}{:02x}".format(*colours[i][:3]))
             for i, name in enumerate(data.names)
         ),
         activation="softmax" if threshold is None else "sigmoid",
