@@ -21,6 +21,7 @@ from tests.support import (
     descendants,
     done_blocks,
     labels_of,
+    make_bundle,
     probabilities_of,
     process,
     receipts_of,
@@ -42,6 +43,12 @@ OPTIONS: dict[str, Any] = {"overlap": 0.5, "block": "8,16,10", "probabilities": 
 WORDS = ("--overlap", 0.5, "--block", "8,16,10", "--probabilities")
 SERIAL = (*WORDS, "--executor", "serial")
 RAY = (*WORDS, "--executor", "ray", "--workers", 2)
+
+
+@pytest.fixture(scope="module")
+def case(case: Case) -> Case:
+    """The usual volume, and a network slow enough that even a fast machine is far from the end after a first block."""
+    return Case(case.image, make_bundle(case.folder / "slow-bundle", widths=(16, 16)), case.folder)
 
 
 @pytest.fixture(scope="module")
