@@ -18,6 +18,12 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 
+# A job that a script starts in the background ignores Ctrl-C, and so does every process that it starts, on purpose. The
+# tests of Ctrl-C mean a job in the foreground, wherever the tests themselves run.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """The command line, run inside the test process, takes SIGTERM for itself."""
