@@ -25,7 +25,7 @@ unexport PYTHONPATH
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-pure lint format chaos bench clean distclean
+.PHONY: help demo test test-pure lint format bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,7 +33,7 @@ help: ## list the targets
 demo: $(VENV)/.installed-all ## install volseg and run the main job on a phantom (a few minutes)
 	@$(BIN)/volseg demo $(ARGS)
 
-test: $(VENV)/.installed-dev test-pure ## run all tests but the chaos tests
+test: $(VENV)/.installed-dev test-pure ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-pure: $(PURE)/.installed ## run the pure layers' tests without torch, ray and zarr
@@ -51,9 +51,6 @@ lint: $(VENV)/.installed-dev ## check style, types and layers
 format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
-
-chaos: $(VENV)/.installed-dev ## run the long tests that kill workers and drivers
-	@$(BIN)/python -m pytest -m chaos $(ARGS)
 
 bench: $(BENCH)/.installed ## compare volseg with its peers
 	@$(BENCH)/bin/python -m tests.bench $(ARGS)
