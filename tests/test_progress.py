@@ -59,6 +59,18 @@ def test_plain_lines_are_few_and_go_to_stderr(
     ]
 
 
+def test_the_time_left_counts_from_where_this_run_began(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with ProgressLine("segment", "blocks") as line:
+        line.update(90, 100)
+        now[0] += 10
+        line.update(92, 100)
+    assert capsys.readouterr().err == "segment: 92/100 blocks, 10 s, about 40 s left\n"
+
+
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

@@ -31,6 +31,7 @@ class ProgressLine:
         self._task: TaskID | None = None
         self._started = self._printed = time.monotonic()
         self._last = ""
+        self._before: int | None = None
 
     def __enter__(self) -> ProgressLine:
         """Show the bar."""
@@ -50,12 +51,15 @@ class ProgressLine:
         if self._rich is not None and self._task is not None:
             self._rich.update(self._task, completed=done, total=total, extra=extra, unit=self._unit)
             return
+        # What an earlier run did took none of this one's time.
+        self._before = done if self._before is None else self._before
         now = time.monotonic()
         ended = done >= total
         if now - self._printed < _PLAIN_SECONDS and not ended:
             return
         elapsed = now - self._started
-        left = f", about {clock(elapsed / done * (total - done))} left" if done and not ended else ""
+        fresh = done - self._before
+        left = f", about {clock(elapsed / fresh * (total - done))} left" if fresh and not ended else ""
         line = ", ".join(filter(None, [f"{self._title}: {done}/{total} {self._unit}".rstrip(), extra]))
         if line != self._last:
             print(f"{line}, {clock(elapsed)}{left}", file=sys.stderr, flush=True)
