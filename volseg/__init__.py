@@ -13,16 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from volseg.api import evaluate, import_volume, overlay, plan, segment, train, verify
+    from volseg.api import bench, evaluate, import_volume, overlay, plan, segment, train, verify
+    from volseg.client import AsyncClient, Client
     from volseg.errors import VolsegError
     from volseg.spec import SegmentSpec, TrainSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "SegmentSpec",
     "TrainSpec",
     "VolsegError",
+    "bench",
     "evaluate",
     "import_volume",
     "overlay",
@@ -32,7 +36,13 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {"SegmentSpec": "spec", "TrainSpec": "spec", "VolsegError": "errors"}
+_HOMES = {
+    "AsyncClient": "client",
+    "Client": "client",
+    "SegmentSpec": "spec",
+    "TrainSpec": "spec",
+    "VolsegError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

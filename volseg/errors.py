@@ -10,18 +10,24 @@ class                what the handler does                                      
 `JobInterrupted`     says how to go on                                          130
 ===================  =========================================================  =========
 
-Every message states the value, the rule, the consequence and the remedy.
+Every message states the value, the rule, the consequence and the remedy. Credentials are taken out of it.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from volseg.redaction import redact
+
 
 class VolsegError(Exception):
     """Base of all errors that volseg raises on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 4
+
+    def __init__(self, *words: object) -> None:
+        """Keep the message, without what nobody may read."""
+        super().__init__(*(redact(word) if isinstance(word, str) else word for word in words))
 
 
 class InputError(VolsegError):
@@ -46,6 +52,10 @@ class PlanError(InputError):
     """The plan cannot fit or cannot be right; refused before any work."""
 
 
+class PlaceError(InputError):
+    """A place to read from or to write to cannot be used; found out before any work."""
+
+
 class OutputExistsError(InputError):
     """The output holds something else than this job's result."""
 
@@ -66,6 +76,10 @@ class NonFiniteError(BlockError):
     retryable = False
 
 
+class StorageUnavailableError(BlockError):
+    """Storage gave no usable answer to any of several requests: it is overloaded or cannot be reached."""
+
+
 class JobError(VolsegError):
     """Something that concerns every block alike: the job stops at once and can be resumed."""
 
@@ -75,7 +89,7 @@ class StorageFullError(JobError):
 
 
 class StorageDeniedError(JobError):
-    """Permission was lost or never given where the output or the ledger lies."""
+    """Permission was lost or never given where something is read or written."""
 
 
 class WorkersLostError(JobError):
@@ -91,6 +105,11 @@ class JobPartial(VolsegError):
         """Keep the job's report beside the message."""
         super().__init__(message)
         self.report = report or {}
+
+    @property
+    def failed_blocks(self) -> list[dict[str, Any]]:
+        """Return the blocks that were set aside: each one's number (`block`), place (`box`) and `error`."""
+        return list(self.report.get("failed_blocks", ()))
 
 
 class VerifyError(VolsegError):
