@@ -6,8 +6,9 @@ probabilities are rounded to integers (2^30 stands for 1) before they are added,
 matter: that is what makes the labels independent of blocks, workers and retries.
 
 The sum over all classes stays within 3 parts in 10^7 of 2^30 for usual overlaps (each patch that meets in a voxel adds
-half a step of rounding at most) and cannot overflow int32, because every factor (also those of later averages, such as
-mirroring) is part of the weight and the weights sum to one.
+half a step of rounding at most) and cannot overflow int32, because the weights sum to one: a mean over several lattices
+(2.5D) is a factor of the weight, and what is averaged over one patch (mirrors, the members of an ensemble) is averaged
+before it is weighted.
 """
 
 from __future__ import annotations
@@ -18,35 +19,35 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from volseg.geometry.lattice import AxisLattice
+from volseg.geometry.lattice import Line
 
 ONE = 1 << 30
 """Fixed-point one."""
 
-Window = Literal["gaussian", "constant"]
+Window = Literal["gaussian", "constant", "exact"]
 
-# The Gaussian's width follows nnU-Net (Isensee et al. 2021): sigma = patch / 8. The floor keeps the sums that the
+# The Gaussian's width follows nnU-Net (Isensee et al. 2021): an eighth of the patch. The floor keeps the sums that the
 # weights are divided by far from zero where only far corners of patches cover a voxel.
 _SIGMA = 1 / 8
 _FLOOR = 1e-3
 
 
-def axis_weights(axis: AxisLattice, i: int, window: Window) -> NDArray[np.float64]:
-    """Return the weights (patch,) of patch `i` along one axis: at each voxel the weights of all patches sum to 1.
+def axis_weights(axis: Line, i: int, window: Window) -> NDArray[np.float64]:
+    """Return the weights (side,) of what patch `i` answers along one axis: at each voxel those of all patches sum to 1.
 
-    Beyond the volume's end (a volume smaller than the patch) the weights continue, and are never used.
+    Beyond the volume's end (a volume smaller than the answer) the weights continue, and are never used.
     """
     origin = axis.origin(i)
     offsets = tuple(axis.origin(j) - origin for j in axis.neighbours(i))
-    return _normalised(axis.patch, offsets, window)
+    return _normalised(axis.side, offsets, window)
 
 
 @lru_cache(maxsize=4096)
-def _normalised(patch: int, offsets: tuple[int, ...], window: Window) -> NDArray[np.float64]:
-    profile = _profile(patch, window)
-    total = np.zeros(patch)
+def _normalised(side: int, offsets: tuple[int, ...], window: Window) -> NDArray[np.float64]:
+    profile = _profile(side, window)
+    total = np.zeros(side)
     for offset in offsets:
-        source = profile[max(0, -offset) : patch - max(0, offset)]
+        source = profile[max(0, -offset) : side - max(0, offset)]
         target = max(0, offset)
         total[target : target + len(source)] += source
     weights: NDArray[np.float64] = profile / total
@@ -54,9 +55,9 @@ def _normalised(patch: int, offsets: tuple[int, ...], window: Window) -> NDArray
     return weights
 
 
-def _profile(patch: int, window: Window) -> NDArray[np.float64]:
-    if window == "constant":
-        return np.ones(patch)
-    distance = np.arange(patch) - (patch - 1) / 2
-    gaussian: NDArray[np.float64] = np.exp(-0.5 * (distance / (patch * _SIGMA)) ** 2)
+def _profile(side: int, window: Window) -> NDArray[np.float64]:
+    if window != "gaussian":
+        return np.ones(side)
+    distance = np.arange(side) - (side - 1) / 2
+    gaussian: NDArray[np.float64] = np.exp(-0.5 * (distance / (side * _SIGMA)) ** 2)
     return np.maximum(gaussian, _FLOOR)

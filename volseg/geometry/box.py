@@ -70,6 +70,10 @@ class Box:
         start = _map3(max, self.start, other.start)
         return Box(start, _map3(max, start, _map3(min, self.stop, other.stop)))
 
+    def hull(self, other: Box) -> Box:
+        """Return the smallest box that holds both."""
+        return Box(_map3(min, self.start, other.start), _map3(max, self.stop, other.stop))
+
     def contains(self, other: Box) -> bool:
         """Tell whether `other` lies wholly inside."""
         return self.intersect(other) == other

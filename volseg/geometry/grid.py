@@ -38,12 +38,22 @@ class BlockGrid:
         z, y, x = self.counts
         return z * y * x
 
-    def box(self, index: int) -> Box:
-        """Return the voxels of block `index`, clipped to the volume."""
+    def position(self, index: int) -> Triple:
+        """Return how many blocks lie before block `index` along z, y, x; raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} is not in 0..{len(self) - 1}")
         _, ny, nx = self.counts
-        position = (index // (ny * nx), index // nx % ny, index % nx)
+        return index // (ny * nx), index // nx % ny, index % nx
+
+    def index(self, position: Triple) -> int:
+        """Return the block at a position."""
+        _, ny, nx = self.counts
+        z, y, x = position
+        return (z * ny + y) * nx + x
+
+    def box(self, index: int) -> Box:
+        """Return the voxels of block `index`, clipped to the volume."""
+        position = self.position(index)
         z, y, x = ((p + f) * b for p, f, b in zip(position, self._first, self.block, strict=True))
         return Box((z, y, x), (z + self.block[0], y + self.block[1], x + self.block[2])).intersect(Box.of(self.shape))
 
