@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from volseg.errors import BlockError
@@ -55,10 +54,7 @@ def describe(uri: str) -> dict[str, Any]:
 
 def stored_bytes(uri: str) -> int:
     """Return how many bytes all files below `uri` take."""
-    if files.is_local(uri):
-        return sum(p.stat().st_size for p in files.local_path(uri).rglob("*") if p.is_file())
-    fs, path = fsspec.core.url_to_fs(uri)
-    return int(fs.du(path))
+    return sum(files.sizes_below(uri).values())
 
 
 def _sample(volume: Volume) -> dict[str, Any]:

@@ -6,18 +6,19 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from volseg.errors import InputError, OutputExistsError
+from volseg.errors import InputError, OutputExistsError, VolsegError
 from volseg.geometry.box import Box, Triple
 from volseg.storage import files, nodes, ome
 from volseg.storage.describe import describe, stored_bytes
 from volseg.storage.layout import choose_layout
+from volseg.storage.places import check_places
 from volseg.storage.sources import Source, open_source
 from volseg.storage.volume import ArrayWriter, Layout, create_array, set_status
 
@@ -61,6 +62,7 @@ def import_volume(
     destination = files.absolute(destination)
     labels = options.get("labels", False)
     started = time.perf_counter()
+    check_places(writes=[destination])
     _check_free(destination, options.get("overwrite", False))
     with open_source(source) as stack:
         layout = _layout(stack, options, source)
@@ -168,10 +170,16 @@ def _check_free(destination: str, overwrite: bool) -> None:
 
 @contextmanager
 def _put_in_place(destination: str) -> Iterator[str]:
-    """Yield where to write; a local result is moved to `destination` only when all went well, else removed."""
+    """Yield where to write; a local result is moved to `destination` only when all went well; else it is removed."""
     if not files.is_local(destination):
         files.remove(destination)
-        yield destination
+        try:
+            yield destination
+        except BaseException:
+            # What made the import fail is what the user must learn; half a volume stays marked as incomplete.
+            with suppress(VolsegError, OSError):
+                files.remove(destination)
+            raise
         return
     path = files.local_path(destination)
     place = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")

@@ -10,7 +10,12 @@
 - ``report.json``      the result of the last finished attempt
 
 A receipt is what makes a block done; the presence of a chunk proves nothing. A crash loses the receipts of a few
-seconds, and computing those blocks again gives the same voxels, so a late or doubled writer does no harm.
+seconds, and computing those blocks again gives the same voxels, so a late or doubled writer does no harm. A receipt
+that cannot be read is none. All but the heartbeat is on the disk when a call returns.
+
+On S3 servers that ignore conditional puts two drivers that start within milliseconds may both believe that they drive.
+Each looks with every heartbeat whether the attempt is still its own, and whose record was replaced stops; until then
+they did the same work twice, with the same bits.
 """
 
 from __future__ import annotations
@@ -19,15 +24,18 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from volseg.errors import JobError
+from volseg.errors import JobError, StorageUnavailableError, VolumeError
+from volseg.geometry import BlockSet
 from volseg.storage import files
 
 Json = dict[str, Any]
@@ -36,6 +44,14 @@ FLUSH_SECONDS = 2.0
 HEARTBEAT_SECONDS = 3.0
 STALE_SECONDS = 45.0
 """A driver on another machine counts as dead when its heartbeat is older."""
+
+MOST_TRACES = 200
+"""Tracebacks that one attempt keeps: what fails ten thousand times says nothing new."""
+
+_READERS = 8
+"""Segments that are read at once: on S3 the answer to one takes as long as eight."""
+
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 _DRIVEN_HERE: set[tuple[str, int]] = set()
 """Ledgers and attempts that this process drives now: a process that lives on may have left a job long ago."""
@@ -57,18 +73,26 @@ def ledger_root(output: str) -> str:
 
 
 class Ledger:
-    """One job's ledger, for one driver at a time; readers need no permission."""
+    """One job's ledger, for one driver at a time; readers need no permission.
 
-    def __init__(self, output: str, job_key: str) -> None:
+    `clock` (seconds) says when something is due. What other processes compare is always the time of day.
+    """
+
+    def __init__(self, output: str, job_key: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = files.join(ledger_root(output), job_key)
+        self._clock = clock
         self.attempt = 0
         self._segment = 0
+        self._record: Json = {}
         self._waiting: list[Receipt] = []
+        self._traces = 0
         self._flushed = self._beat = 0.0
+        self._reached = clock()
+        """When the storage last took something."""
 
     def header(self) -> Json | None:
-        """Return the header, None where the job was never begun."""
-        return self._read("header.json")
+        """Return the header, None where the job was never begun; raises VolumeError where it is damaged."""
+        return self._fact("header.json")
 
     def create(self, header: Json) -> Json:
         """Write the header once; return what stands there afterwards, ours or an earlier one."""
@@ -78,7 +102,11 @@ class Ledger:
     def numerics(self, fingerprint: Json) -> Json:
         """Write the numerics fingerprint once; return what stands there, ours or an earlier one."""
         files.create_bytes(files.join(self.path, "numerics.json"), _dump(fingerprint))
-        return self._read("numerics.json") or fingerprint
+        return self._fact("numerics.json") or fingerprint
+
+    def recorded_numerics(self) -> Json | None:
+        """Return what the first worker wrote, None before there was one."""
+        return self._fact("numerics.json")
 
     def take(self) -> bool:
         """Become this job's driver; False when another process is, or took the same attempt first."""
@@ -89,7 +117,7 @@ class Ledger:
         record = {**_whoami(), "time": time.time()}
         if not files.create_bytes(files.join(self.path, "attempts", f"{last + 1:05d}.json"), _dump(record)):
             return False
-        self.attempt = last + 1
+        self.attempt, self._record = last + 1, record
         _DRIVEN_HERE.add((self.path, self.attempt))
         return True
 
@@ -121,16 +149,18 @@ class Ledger:
             alive = time.time() - record["time"] < STALE_SECONDS
         return record if alive else None
 
-    def receipts(self) -> dict[int, Receipt]:
-        """Return all receipts by block."""
-        found: dict[int, Receipt] = {}
+    def receipts(self) -> Iterator[Receipt]:
+        """Yield one receipt a block: the newest, newest segments first.
+
+        A few segments at a time are in memory, and a bit a block.
+        """
         folder = files.join(self.path, "receipts")
-        for name in files.list_names(folder):
-            if name.endswith(".jsonl") and name[0] != ".":
-                for line in files.read_bytes(files.join(folder, name)).splitlines():
-                    receipt = Receipt(**json.loads(line))
-                    found[receipt.index] = receipt
-        return found
+        names = [name for name in files.list_names(folder) if name.endswith(".jsonl") and name[0] != "."]
+        found = BlockSet()
+        for content in _read_ahead(files.join(folder, name) for name in reversed(names)):
+            for line in reversed(content.splitlines()):
+                if (receipt := _receipt(line)) is not None and found.add(receipt.index):
+                    yield receipt
 
     def add(self, receipt: Receipt) -> None:
         """Keep a receipt for the next flush."""
@@ -139,27 +169,56 @@ class Ledger:
     def tick(self, progress: Mapping[str, Any], *, force: bool = False) -> None:
         """Flush receipts and heartbeat where they are due; the driver calls this at least once a second.
 
-        Raises JobError; receipts that could not be written wait for the next call.
+        What could not be written waits for the next call. Storage that gives no answer is borne with, unless `force`,
+        until others take this driver for dead: then StorageUnavailableError. Raises JobError.
         """
-        now = time.monotonic()
-        if self._waiting and (force or now - self._flushed >= FLUSH_SECONDS):
-            name = f"{self.attempt:05d}-{self._segment:06d}.jsonl"
-            lines = b"".join(_dump(asdict(receipt)) + b"\n" for receipt in self._waiting)
-            if not files.create_bytes(files.join(self.path, "receipts", name), lines):
-                raise JobError(
-                    f"receipts {name} are in {self.path} already, so another process drives this job under the same "
-                    "number; this one stopped: run the same command again"
-                )
-            self._segment += 1
-            self._waiting.clear()
-            self._flushed = now
-        if force or now - self._beat >= HEARTBEAT_SECONDS:
-            beat = {"time": time.time(), "attempt": self.attempt, **progress}
-            files.write_bytes(files.join(self.path, "heartbeat.json"), _dump(beat))
-            self._beat = now
+        now = self._clock()
+        try:
+            self._flush(now, force=force)
+            self._show_life(now, progress, force=force)
+        except StorageUnavailableError:
+            if force or now - self._reached >= STALE_SECONDS:
+                raise
+
+    def _flush(self, now: float, *, force: bool) -> None:
+        if not self._waiting or not (force or now - self._flushed >= FLUSH_SECONDS):
+            return
+        # A number once: a write that failed may have arrived all the same.
+        name = f"{self.attempt:05d}-{self._segment:06d}.jsonl"
+        self._segment += 1
+        lines = b"".join(_dump(vars(receipt)) + b"\n" for receipt in self._waiting)
+        if not files.create_bytes(files.join(self.path, "receipts", name), lines):
+            raise self._not_alone(f"receipts {name} are")
+        self._waiting.clear()
+        self._flushed = self._reached = now
+
+    def _show_life(self, now: float, progress: Mapping[str, Any], *, force: bool) -> None:
+        if not (force or now - self._beat >= HEARTBEAT_SECONDS):
+            return
+        if self.attempt and not files.is_local(self.path):
+            self._check_mine()
+        beat = {"time": time.time(), "attempt": self.attempt, **progress}
+        files.write_bytes(files.join(self.path, "heartbeat.json"), _dump(beat), durable=False)
+        self._beat = self._reached = now
+
+    def _check_mine(self) -> None:
+        name = f"{self.attempt:05d}.json"
+        if (found := self._read("attempts", name)) is not None and found != self._record:
+            raise self._not_alone(f"attempt {name} of another process is")
+
+    def _not_alone(self, what: str) -> JobError:
+        return JobError(
+            f"{what} in {self.path} already, so another process drives this job under the same number; this one "
+            "stopped: run the same command again"
+        )
 
     def trace(self, index: int, message: str, details: str) -> None:
-        """Keep the traceback of an error that no rule foresaw."""
+        """Keep the traceback of an error that no rule foresaw, up to `MOST_TRACES` of them."""
+        self._traces += 1
+        if self._traces > MOST_TRACES:
+            return
+        if self._traces == MOST_TRACES:
+            details += f"\n\nThis is traceback {MOST_TRACES} of attempt {self.attempt}; later ones are not kept.\n"
         name = f"{self.attempt:05d}-{index}-{time.time_ns()}.txt"
         files.create_bytes(files.join(self.path, "failures", name), f"{message}\n\n{details}".encode())
 
@@ -174,16 +233,48 @@ class Ledger:
         """Return the last report."""
         return self._read("report.json")
 
-    def _read(self, *names: str) -> Json | None:
-        try:
-            content: Json = json.loads(files.read_bytes(files.join(self.path, *names)))
-        except FileNotFoundError:
-            return None
+    def _fact(self, name: str) -> Json | None:
+        """Return what was written once and for all; to take it as absent where it is damaged would contradict it."""
+        content = self._read(name)
+        if content is None and files.exists(files.join(self.path, name)):
+            raise VolumeError(
+                f"the ledger's {name} in {self.path} is damaged; nothing was done: restore it, or remove that folder "
+                "and make the output anew with --overwrite"
+            )
         return content
+
+    def _read(self, *names: str) -> Json | None:
+        """Return a document, None where there is none that can be read."""
+        try:
+            content = json.loads(files.read_bytes(files.join(self.path, *names)))
+        except (FileNotFoundError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+
+def _receipt(line: bytes) -> Receipt | None:
+    try:
+        receipt = Receipt(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+    index: Any = receipt.index
+    return receipt if isinstance(index, int) and index >= 0 else None
+
+
+def _read_ahead(uris: Iterable[str]) -> Iterator[bytes]:
+    """Yield the files' contents in order, a few of them read at once."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque[Future[bytes]] = deque()
+        for uri in uris:
+            waiting.append(pool.submit(files.read_bytes, uri))
+            if len(waiting) == _READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return _encode(content).encode()
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from volseg.errors import VolumeError
+from volseg.errors import StorageDeniedError, VolumeError
 from volseg.storage import files, ome
 
 MAX_CHUNK_BYTES = 2 * 1024**3
@@ -207,7 +207,9 @@ def _read(uri: str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError:
-        raise VolumeError(f"no permission to read {uri}; nothing was done: grant it or check credentials") from None
+        raise VolumeError(f"no permission to read {uri}; nothing was done: grant it") from None
+    except StorageDeniedError as error:
+        raise VolumeError(str(error)) from error
 
 
 def _parse(document: bytes, uri: str, name: str) -> dict[str, Any]:

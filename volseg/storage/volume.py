@@ -75,35 +75,32 @@ class Volume:
         """
         if not Box.of(self.shape).contains(box):
             raise ValueError(f"box {box} is not inside the volume {Box.of(self.shape)} of {self.uri}")
-        if self.all_written:
-            for key, _ in self._stored.objects(box):
-                if self._stored.size(key) is None:
-                    raise CorruptChunkError(
-                        f"chunk {key} of {self.array_uri} is absent, but the array says that all were written: part of "
-                        "it was lost; restore it from a copy or write the volume again"
-                    )
         return self._stored.read(box, self.dtype)
 
     def absent_chunks(self, box: Box, counted_in: Box | None = None, region: Box | None = None) -> int:
-        """Count the stored objects (chunks or shards) that meet `box` and do not exist.
+        """Count the stored objects (chunks or shards) that meet `box` and do not exist: 0 where their lack is an error.
 
         With `counted_in`, only those whose first voxel inside `region` (default: the volume) lies in it: callers whose
         boxes overlap but whose `counted_in` tile the region count every object once.
         """
+        if self.all_written:
+            # The voxels could not have been read.
+            return 0
         inside = (region or Box.of(self.shape)).start
-        count = 0
+        keys = []
         for key, origin in self._stored.objects(box):
             z, y, x = (max(a, b) for a, b in zip(origin, inside, strict=True))
             if counted_in is None or counted_in.contains(Box((z, y, x), (z + 1, y + 1, x + 1))):
-                count += self._stored.size(key) is None
-        return count
+                keys.append(key)
+        return self._stored.sizes(keys).count(None)
 
     def object_sizes(self, box: Box) -> dict[str, int | None]:
         """Return the size in bytes of every stored object that meets `box`, None for an absent one.
 
         Keys are relative to `array_uri`.
         """
-        return {key: self._stored.size(key) for key, _ in self._stored.objects(box)}
+        keys = [key for key, _ in self._stored.objects(box)]
+        return dict(zip(keys, self._stored.sizes(keys), strict=True))
 
     def identity(self) -> Json:
         """Return what determines the content: its digest where the array carries one, else URI and metadata digest."""
@@ -122,12 +119,13 @@ def open_volume(uri: str) -> Volume:
     node, attributes, scale = nodes.find_array(uri)
     shape, stored_shape = nodes.check_limits(node)
     axes = nodes.resolve_axes(node, shape, scale)
-    stored = arrays.open_array(node.uri, node.zarr_format, axes)
+    marks = _marks(attributes)
+    status = marks.get("status")
+    all_written = bool(marks.get("all_chunks_written")) and status != "incomplete"
+    stored = arrays.open_array(node.uri, node.zarr_format, axes, whole=all_written)
     dtype = nodes.check_dtype(node.uri, np.dtype(stored.array.dtype))
     chunk = tuple(stored.array.chunks)
     nodes.check_chunk_bytes(node.uri, chunk, dtype)
-    marks = _marks(attributes)
-    status = marks.get("status")
     names, colours, is_labels = ome.read_labels(attributes)
     return Volume(
         uri=uri,
@@ -142,7 +140,7 @@ def open_volume(uri: str) -> Volume:
         class_names=names,
         colours=colours,
         is_labels=is_labels,
-        all_written=bool(marks.get("all_chunks_written")) and status != "incomplete",
+        all_written=all_written,
         status=status if isinstance(status, str) else None,
         zarr_format=node.zarr_format,
         attributes=attributes,
