@@ -1,164 +1,103 @@
-"""The U-Net in 2D and 3D (Ronneberger et al. 2015, Cicek et al. 2016), with optional residual blocks (He et al. 2016).
-
-One class for all variants; `UNetConfig` says which. Memory: a tensor is let go as soon as its last reader has run, so
-the peak of a forward is what the finest decoder level needs.
-"""
+"""The U-Net in 2D and 3D: Ronneberger et al. 2015, Cicek et al. 2016; residual blocks after He et al. 2016."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import Literal, Self
 
-from volseg.models.config import UNetConfig, group_count
+from pydantic import Field, model_validator
 
-
-def _conv(config: UNetConfig, cin: int, cout: int, kernel: int, *, bias: bool) -> nn.Module:
-    kind = nn.Conv2d if config.dims == 2 else nn.Conv3d
-    return kind(cin, cout, kernel, padding=kernel // 2, bias=bias)
+from volseg.models.network import LevelConfig
+from volseg.models.program import INPUT, Builder, Program
 
 
-def _norm(config: UNetConfig, width: int) -> nn.Module:
-    if config.norm == "batch":
-        return nn.BatchNorm2d(width) if config.dims == 2 else nn.BatchNorm3d(width)
-    if config.norm == "instance":
-        kind = nn.InstanceNorm2d if config.dims == 2 else nn.InstanceNorm3d
-        return kind(width, affine=True)
-    if config.norm == "group":
-        return nn.GroupNorm(group_count(width), width)
-    return nn.Identity()
+class UNetConfig(LevelConfig):
+    """Arguments of the U-Net: an encoder and a decoder with a skip connection at every level.
 
-
-def _activation(config: UNetConfig) -> nn.Module:
-    if config.activation == "relu":
-        return nn.ReLU(inplace=True)
-    if config.activation == "leaky_relu":
-        return nn.LeakyReLU(0.01, inplace=True)
-    return SiLU()
-
-
-class SiLU(nn.Module):
-    """x * sigmoid(x), in place where no gradient needs the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map any shape to itself."""
-        return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-class Stage(nn.Module):
-    """Convolution, normalisation, activation: run one by one by `Block`, so that no frame keeps an input alive."""
-
-    def __init__(self, config: UNetConfig, cin: int, cout: int, *, active: bool) -> None:
-        super().__init__()
-        self.conv = _conv(config, cin, cout, 3, bias=config.norm == "none")
-        self.norm = _norm(config, cout)
-        self.act = _activation(config) if active else nn.Identity()
-
-
-class Block(nn.Module):
-    """The convolutions of one level, with an optional shortcut around them."""
-
-    def __init__(self, config: UNetConfig, cin: int, cout: int) -> None:
-        super().__init__()
-        last = config.convs_per_level - 1
-        self.stages = nn.ModuleList(
-            Stage(config, cin if i == 0 else cout, cout, active=not (config.residual and i == last))
-            for i in range(config.convs_per_level)
-        )
-        self.residual = config.residual
-        # Of the block's input and its shortcut, the one with fewer channels is what stays in memory meanwhile.
-        self.early = cin >= cout
-        self.shortcut = _conv(config, cin, cout, 1, bias=True) if config.residual and cin != cout else nn.Identity()
-        self.act = _activation(config) if config.residual else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        """Map the single tensor of `inputs` (b, cin, ...) to (b, cout, ...).
-
-        The list is emptied: with the caller's reference gone, the input's memory is free once it has been read.
-        """
-        x = inputs.pop()
-        kept = (self.shortcut(x) if self.early else x) if self.residual else None
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            x = stage.conv(x)
-            x = stage.norm(x)
-            x = stage.act(x)
-        if kept is not None:
-            x = x.add_(kept if self.early else self.shortcut(kept))
-            del kept
-        return self.dropout(self.act(x))  # type: ignore[no-any-return]
-
-
-class UNet(nn.Module):
-    """U-Net from (b, in_channels, [z,] y, x) to logits (b, out_channels, [z,] y, x).
-
-    Every side must be a multiple of the pooling factor; otherwise ValueError.
+    - `padded`: whether convolutions are padded. Without, as in the original (doi 10.1007/978-3-319-24574-4_28), every
+      one loses a voxel at each end and the skips are cut down to what is left: 572 voxels become 388.
+    - `up`: `transpose` is a transposed convolution to the finer level's channels, of kernel `up_kernel` along the
+      axes that were pooled (the pooling factor itself where None); `nearest` repeats voxels.
+    - `dropout_at`: `blocks` ends every level's convolutions with a dropout, `inputs` has one after each pool and after
+      each concatenation.
+    - `deep_supervision`: number of further heads on the next coarser decoder levels, for training only (Lee et al.
+      2015, in the manner of Isensee et al. 2021).
     """
 
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self._factors = [pool[3 - config.dims :] for pool in config.factors]
-        cin = config.in_channels
-        self.encoder = nn.ModuleList()
-        for width in config.widths:
-            self.encoder.append(Block(config, cin, width))
-            cin = width
-        self.ups = nn.ModuleList()
-        self.decoder = nn.ModuleList()
-        for i in reversed(range(len(self._factors))):
-            width = config.widths[i]
-            self.ups.append(self._up(cin, width, self._factors[i]))
-            self.decoder.append(Block(config, (width if config.up == "transpose" else cin) + width, width))
-            cin = width
-        self.head = _conv(config, cin, config.out_channels, 1, bias=True)
-        self.apply(_initialise)
+    convs_per_level: int = Field(2, ge=1, le=8)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout_at: Literal["blocks", "inputs"] = "blocks"
+    up: Literal["transpose", "nearest"] = "transpose"
+    up_kernel: int | None = Field(None, ge=1, le=16)
+    residual: bool = False
+    padded: bool = True
+    deep_supervision: int = Field(0, ge=0, le=6)
 
-    def _up(self, cin: int, cout: int, factor: tuple[int, ...]) -> nn.Module:
-        if self.config.up == "nearest":
-            return nn.Upsample(scale_factor=tuple(float(f) for f in factor), mode="nearest")
-        if self.config.dims == 2:
-            return nn.ConvTranspose2d(cin, cout, (factor[0], factor[1]), (factor[0], factor[1]))
-        pool = (factor[0], factor[1], factor[2])
-        return nn.ConvTranspose3d(cin, cout, pool, pool)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits; see the class for shapes."""
-        pooling = self.config.pooling[3 - self.config.dims :]
-        if x.ndim != self.config.dims + 2 or any(s % p for s, p in zip(x.shape[2:], pooling, strict=True)):
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.up_kernel is not None:
+            largest = max((f for pool in self.factors for f in pool), default=1)
+            if self.up != "transpose" or self.up_kernel < largest:
+                raise ValueError(
+                    f"up_kernel belongs to up transpose and is at least the largest pooling factor {largest}"
+                )
+        if self.deep_supervision > max(0, len(self.widths) - 2):
             raise ValueError(
-                f"input {tuple(x.shape)} must be (b, c, {'z, ' * (self.config.dims - 2)}y, x) "
-                f"with sides that are multiples of {pooling}"
+                f"{len(self.widths)} widths leave {max(0, len(self.widths) - 2)} coarser decoder levels for "
+                f"deep_supervision, got {self.deep_supervision}"
             )
-        skips: list[Tensor] = []
-        for i, block in enumerate(self.encoder):
-            if i:
+        if self.deep_supervision and not self.padded:
+            raise ValueError("deep_supervision needs padded convolutions: coarser answers must cover the same voxels")
+        return self
+
+    def for_inference(self) -> Self:
+        """Return the arguments without the heads that only training uses."""
+        return self.model_copy(update={"deep_supervision": 0})
+
+    def make_program(self) -> Program:
+        """Return the network; the weights lie below `encoder`, `up`, `decoder`, `head` and `supervision`."""
+        build = Builder(self.dims, self.in_channels)
+        x, skips = INPUT, []
+        for level, width in enumerate(self.widths):
+            if level:
                 skips.append(x)
-                x = self._pool(x, i - 1)
-            holder = [x]
-            del x
-            x = block(holder)
-        for up, block in zip(self.ups, self.decoder, strict=True):
-            x = up(x)
-            holder = [torch.cat((skips.pop(), x), dim=1)]
-            del x
-            x = block(holder)
-        return self.head(x)  # type: ignore[no-any-return]
+                x = build.pool(f"encoder.{level}.pool", x, self.factors[level - 1])
+                x = self._drop(build, f"encoder.{level}.input", x, "inputs")
+            x = self._block(build, f"encoder.{level}", x, width)
+        coarser: list[str] = []
+        for level in reversed(range(len(self.factors))):
+            x = self._raise(build, level, x)
+            x = build.concat(f"decoder.{level}.joined", skips.pop(), x)
+            x = self._drop(build, f"decoder.{level}.input", x, "inputs")
+            x = self._block(build, f"decoder.{level}", x, self.widths[level])
+            if 1 <= level <= self.deep_supervision:
+                coarser.insert(0, build.conv(f"supervision.{level}", x, self.out_channels, 1))
+        return build.program(build.conv("head", x, self.out_channels, 1), *coarser)
 
-    def _pool(self, x: Tensor, level: int) -> Tensor:
-        factor = self._factors[level]
-        return F.max_pool2d(x, factor) if self.config.dims == 2 else F.max_pool3d(x, factor)
+    def _raise(self, build: Builder, level: int, x: str) -> str:
+        factor = self.factors[level]
+        if self.up == "nearest":
+            return build.enlarge(f"up.{level}", x, factor)
+        side = self.up_kernel
+        a, b, c = ((f if side is None or f == 1 else side) for f in factor)
+        return build.up(f"up.{level}", x, self.widths[level], factor, (a, b, c))
 
+    def _block(self, build: Builder, name: str, source: str, width: int) -> str:
+        cin = build.channels[source]
+        # Of the block's input and its shortcut, the one with fewer channels is what stays in memory meanwhile.
+        early = cin >= width
+        shortcut = source
+        if self.residual and cin != width and early:
+            shortcut = build.conv(f"{name}.shortcut", source, width, 1)
+        x = source
+        for i in range(self.convs_per_level):
+            last = self.residual and i == self.convs_per_level - 1
+            act = "none" if last else self.activation
+            x = build.conv(f"{name}.{i}", x, width, 3, norm=self.norm, activation=act, padded=self.padded)
+        if self.residual:
+            if cin != width and not early:
+                shortcut = build.conv(f"{name}.shortcut", source, width, 1)
+            x = build.add(f"{name}.sum", x, shortcut, self.activation)
+        return self._drop(build, f"{name}.output", x, "blocks")
 
-def _initialise(module: nn.Module) -> None:
-    # He et al. 2015; torch's own default is meant for linear activations and starts the loss lower than it learns.
-    if isinstance(module, nn.Conv2d | nn.Conv3d):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def build_unet(config: UNetConfig) -> nn.Module:
-    """Return a U-Net with random weights."""
-    return UNet(config)
+    def _drop(self, build: Builder, name: str, x: str, place: str) -> str:
+        return build.drop(name, x, self.dropout) if self.dropout_at == place else x
