@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from volseg.geometry.box import Triple
+from volseg.planning.seams import NOT_SHARED, Seams
 
 GIB = 1 << 30
 
@@ -23,8 +24,21 @@ _MIB = 1 << 20
 # Python, torch and zarr, in an actor Ray too: resident memory of a worker that has not read a voxel yet, as measured.
 BASELINE_SERIAL = 290 * _MIB
 BASELINE_ACTOR = 325 * _MIB
+# What botocore and its clients add where a place is on S3, as measured (46 MiB), and room for answers on their way.
+S3_CLIENTS = 64 * _MIB
 # What the allocator keeps beyond the live bytes: freed pieces stay mapped, because mapping them anew costs more time.
 _ALLOCATOR_SHARE = 0.06
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """What decides the size of one forward; shapes (z, y, x) in voxels."""
+
+    patch: Triple
+    answer: Triple
+    """What the network answers for: smaller than the patch where it is unpadded."""
+    activation_bytes: int
+    """Live activations of one forward of a batch."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,10 @@ class BlockCost:
     """Largest block."""
     reach: Triple
     """Largest block plus halo: what is read."""
-    patch: Triple
+    extent: Triple
+    """Largest block with all that its own patches answer: what is summed up."""
+    forwards: tuple[ForwardCost, ...]
+    """One a view: they take turns, so the largest counts."""
     channels: int
     itemsize: int
     """Bytes of one raw voxel and channel."""
@@ -44,9 +61,11 @@ class BlockCost:
     classes: int
     probabilities: bool
     batch: int
-    activation_bytes: int
-    """Live activations of one forward of a batch."""
     parameter_bytes: int
+    """Weights of one member."""
+    members: int = 1
+    mirrors: int = 1
+    seams: Seams = NOT_SHARED
 
     @property
     def label_itemsize(self) -> int:
@@ -61,8 +80,10 @@ class MemoryEstimate:
     baseline: int
     network: int
     input: int
+    cache: int
     patch: int
     accumulator: int
+    seams: int
     output: int
     allocator: int
 
@@ -78,18 +99,44 @@ class MemoryEstimate:
 
 def predict(cost: BlockCost, baseline: int) -> MemoryEstimate:
     """Predict the peak memory of one worker."""
-    block, patch = prod(cost.block), prod(cost.patch)
+    block = prod(cost.block)
     raw = prod(cost.reach) * cost.channels * cost.itemsize
     written = block * (cost.label_itemsize + (cost.classes if cost.probabilities else 0))
     slab = min(block, max(SLAB_VOXELS, block // max(cost.block[0], 1)))
     terms = {
-        "network": 2 * cost.parameter_bytes,
+        # every member's weights made ready, and its kernels transformed to twice their size, where those lay that were
+        # loaded; the members' activations follow one another
+        "network": 3 * cost.members * cost.parameter_bytes,
         "input": IN_HAND * raw,
-        # scaled patches, logits, probabilities, and the weighted product as float and as integer
-        "patch": cost.activation_bytes + 4 * patch * (cost.batch * cost.channels + (cost.batch + 3) * cost.sums),
-        "accumulator": 4 * block * cost.sums,
+        # chunks that are kept for the halo of the next block
+        "cache": raw if cost.reach != cost.block else 0,
+        "patch": max(_forward_bytes(cost, forward) for forward in cost.forwards),
+        "accumulator": 4 * prod(cost.extent) * cost.sums,
+        "seams": _seam_bytes(cost.seams),
         # the blocks in hand; while one is written its encoded chunks, the shard made of them and a copy of it, where
         # later stands what is read back to be checked; and the temporary slab of 64-bit sums
         "output": (IN_HAND + 3) * written + 12 * slab,
     }
     return MemoryEstimate(baseline=baseline, allocator=int(_ALLOCATOR_SHARE * sum(terms.values())), **terms)
+
+
+def _seam_bytes(seams: Seams) -> int:
+    """Return what a worker holds of what blocks give each other.
+
+    In one process all that waits. An actor has what its blocks in hand give, the core of one that is parked, and a copy
+    of either on its way into the object store; what it is given lies there, and is looked at one object at a time.
+    """
+    if seams.local or not seams.shared:
+        return seams.bound
+    return IN_HAND * seams.out + 2 * seams.core
+
+
+def _forward_bytes(cost: BlockCost, forward: ForwardCost) -> int:
+    read, answer = 4 * prod(forward.patch) * cost.channels, 4 * prod(forward.answer) * cost.sums
+    # scaled patches, logits, probabilities, and the weighted product as float and as integer
+    live = cost.batch * read + (cost.batch + 3) * answer
+    if cost.members * cost.mirrors > 1:
+        live += cost.batch * answer  # the mean so far
+    if cost.mirrors > 1:
+        live += cost.batch * (read + answer)  # the mirrored patches, and their answers turned back
+    return forward.activation_bytes + live

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from math import prod
 from typing import Any
 
-from volseg.geometry import BlockGrid, Box, PatchLattice, Triple
+from volseg.geometry import BlockGrid, Box, Halo, Lattice, Ownership, Sweep, TileLattice, Triple
 from volseg.planning.memory import MemoryEstimate
+from volseg.planning.seams import NO_ROOM, SeamRoom, Seams, describe
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,44 @@ class VolumeFacts:
 
 
 @dataclass(frozen=True)
+class ViewFacts:
+    """What a plan needs to know of the network along one axis; all triples (z, y, x) of the volume.
+
+    The network takes a side n where ``n >= smallest`` and ``(n - phase) % pooling == 0``, and answers for ``margin``
+    voxels less on each side.
+    """
+
+    axis: str
+    """Slice axis of a 2D network; for a 3D one it means nothing."""
+    patch: Triple
+    pooling: Triple
+    phase: Triple
+    smallest: Triple
+    margin: Triple
+    activation_bytes: Callable[[Triple, int], int]
+    """Live bytes of one forward, from patch and batch."""
+    flops: Callable[[Triple], float]
+    halo: Halo | None = None
+    """What exact mode reads around a tile; None where that is not possible or was not asked for."""
+    inexact: str = "nobody asked for its halo"
+    """Why there is none."""
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """What a plan needs to know of the network; `pooling` and `patch` in (z, y, x) of the volume."""
+    """What a plan needs to know of a bundle and of what is averaged."""
 
     dims: int
     in_channels: int
     classes: int
-    pooling: Triple
-    patch: Triple
-    axis: str
-    """Axis that a 2D network goes along."""
     threshold: float
-    activation_bytes: Callable[[Triple, int], int]
-    """Live bytes of one forward, from patch and batch."""
     parameter_bytes: int
-    flops: Callable[[Triple], float]
+    """Bytes of the weights of one member."""
+    views: tuple[ViewFacts, ...]
+    """One an axis; several are averaged (2.5D)."""
+    members: int = 1
+    mirrors: int = 1
+    """Mirrored copies of a patch that are averaged, itself included."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,26 @@ class Resources:
     device: str
     baseline: int
     """Bytes that a worker occupies before it reads a voxel."""
+    seams: SeamRoom = NO_ROOM
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at the volume: a 2D network along one axis, or a 3D network."""
+
+    axis: str
+    lattice: Lattice
+    flops: float
+    """Of one forward of one patch; of tiles, which are read by windows of several shapes, the mean."""
+    voxels: float
+    """Read and computed by one forward; the mean, too."""
+    flops_of_shapes: float
+    """Of one forward of each shape together."""
+
+    @property
+    def patch(self) -> Triple:
+        """Sides (z, y, x) of what the network takes."""
+        return self.lattice.patch
 
 
 @dataclass(frozen=True)
@@ -58,13 +101,13 @@ class Plan:
     shape: Triple
     channels: int
     region: Box
-    patch: Triple
-    stride: Triple
+    views: tuple[View, ...]
+    members: int
+    mirrors: int
     block: Triple
     chunks: Triple
     shards: Triple
     classes: int
-    axis: str
     threshold: float
     batch: int
     workers: int
@@ -73,27 +116,70 @@ class Plan:
     memory_limit: int
     itemsize: int
     probabilities: bool
-    flops_per_patch: float
+    seams: Seams
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what travels to workers: not what follows from it, which may be large and is quickly made again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
-    def lattice(self) -> PatchLattice:
-        """Return the patch lattice, anchored to the volume."""
-        return PatchLattice(self.shape, self.patch, self.stride)
+    def lattices(self) -> tuple[Lattice, ...]:
+        """Return the patch lattice of every view, anchored to the volume."""
+        return tuple(view.lattice for view in self.views)
 
     @cached_property
     def grid(self) -> BlockGrid:
         """Return the grid of blocks that meet the region."""
         return BlockGrid(self.shape, self.block, self.region)
 
-    @property
-    def patches(self) -> int:
-        """Number of patches that the region needs, each counted once."""
-        return self.lattice.count_touching(self.region)
+    @cached_property
+    def ownership(self) -> Ownership:
+        """Return which block computes which patches."""
+        return Ownership(self.grid, self.lattices, self.seams.column)
 
     @cached_property
+    def sweep(self) -> Sweep:
+        """Return the order in which blocks are begun."""
+        return Sweep(self.grid.counts, self.seams.column, self.seams.along)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is that of one forward over the whole volume."""
+        return any(isinstance(lattice, TileLattice) for lattice in self.lattices)
+
+    @property
+    def tile(self) -> Triple | None:
+        """The tile of exact mode as `--tile` would name it, None where patches are blended."""
+        if not self.exact:
+            return None
+        # Along its slice axis, a view's tile is 1 deep.
+        z, y, x = (max(lattice.stride[axis] for lattice in self.lattices) for axis in range(3))
+        return z, y, x
+
+    @property
+    def patches(self) -> int:
+        """Number of patches that the region needs in all views, each counted once."""
+        return sum(lattice.count_touching(self.region) for lattice in self.lattices)
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """Number of patches computed in each view: those that no block shares once for every block that needs them."""
+        return self.ownership.computed
+
+    @property
+    def largest_block(self) -> int:
+        """Number of patches, of all views together, that the block with most of them computes."""
+        return sum(self.ownership.most_own)
+
+    @property
+    def forwards_a_patch(self) -> int:
+        """Forwards whose mean is the answer for one patch: members times mirrored copies."""
+        return self.members * self.mirrors
+
+    @property
     def forwards(self) -> int:
-        """Number of patches computed, border patches once for every block that needs them."""
-        return prod(sum(counts) for counts in _patches_per_block(self.lattice, self.grid))
+        """Number of forwards: patches computed, times members, times mirrored copies."""
+        return sum(self.computed) * self.forwards_a_patch
 
     @property
     def sums(self) -> int:
@@ -101,50 +187,53 @@ class Plan:
         return 1 if self.classes == 2 else self.classes
 
     def summary(self) -> dict[str, Any]:
-        """Return the plan as plain JSON values."""
+        """Return the plan as plain JSON values; `patch` and `stride` are those of the first view, `views` has all."""
         voxels = self.region.size
-        read = sum_reach(self.lattice, self.grid) * self.channels * self.itemsize
         label = 1 if self.classes <= 256 else 2
+        each, counted = self.forwards_a_patch, list(zip(self.views, self.computed, strict=True))
         return {
             "shape": self.shape,
             "region": str(self.region),
-            "patch": self.patch,
-            "stride": self.stride,
+            "patch": self.views[0].patch,
+            "stride": self.views[0].lattice.stride,
+            "views": [
+                {
+                    "axis": view.axis,
+                    "patch": view.patch,
+                    "answer": view.lattice.answer,
+                    "stride": view.lattice.stride,
+                    "patches": view.lattice.count_touching(self.region),
+                    "computed": count,
+                }
+                | _tiles(view.lattice)
+                for view, count in counted
+            ],
+            "tile": self.tile,
+            "members": self.members,
+            "mirrors": self.mirrors,
             "block": self.block,
             "chunks": self.chunks,
             "shards": self.shards,
             "blocks": len(self.grid),
             "patches": self.patches,
             "forwards": self.forwards,
-            "forwards_per_patch": round(self.forwards / self.patches, 4),
-            "forwards_per_voxel": round(self.forwards * prod(self.patch) / voxels, 4),
-            "flops": self.forwards * self.flops_per_patch,
+            "forwards_counted": "patches computed x members x mirrored copies",
+            "forwards_per_patch": round(sum(self.computed) / self.patches, 4),
+            "seams": describe(self.seams, self.ownership),
+            "forwards_per_voxel": round(sum(n * view.voxels for view, n in counted) * each / voxels, 4),
+            "flops": sum(n * view.flops for view, n in counted) * each,
             "workers": self.workers,
             "device": self.device,
             "batch": self.batch,
             "memory_per_worker": self.memory.as_dict(),
             "memory_limit": self.memory_limit,
-            "bytes_read": read,
+            "bytes_read": self.ownership.read * self.channels * self.itemsize,
             "bytes_written": voxels * (label + (self.classes if self.probabilities else 0)),
         }
 
 
-def sum_reach(lattice: PatchLattice, grid: BlockGrid) -> int:
-    """Return how many voxels all blocks read together, halos included."""
-    sums = []
-    for axis, lattice_axis in enumerate(lattice.axes):
-        spans = (lattice_axis.reach(start, stop) for start, stop in _clipped_spans(grid, axis))
-        sums.append(sum(end - first for first, end in spans))
-    return prod(sums)
-
-
-def _patches_per_block(lattice: PatchLattice, grid: BlockGrid) -> list[list[int]]:
-    return [
-        [len(lattice_axis.touching(start, stop)) for start, stop in _clipped_spans(grid, axis)]
-        for axis, lattice_axis in enumerate(lattice.axes)
-    ]
-
-
-def _clipped_spans(grid: BlockGrid, axis: int) -> list[tuple[int, int]]:
-    low, high = grid.region.start[axis], grid.region.stop[axis]
-    return [(max(a, low), min(b, high)) for a, b in grid.axis_spans(axis)]
+def _tiles(lattice: Lattice) -> dict[str, Any]:
+    if not isinstance(lattice, TileLattice):
+        return {}
+    before, after = lattice.halo
+    return {"tile": lattice.stride, "halo_before": before, "halo_after": after}
