@@ -1,13 +1,14 @@
 """One block, from raw voxels to a receipt: read -> scale -> predict -> blend -> write -> check.
 
 A worker calls `process` from two threads. Reading and writing of one block run beside the computing of another; only
-one block computes at a time, because a second would need the memory of a second.
+one block computes at a time, because a second would need the memory of a second. What a block's patches say of other
+blocks leaves as parcels, and what other blocks say of it comes as parcels; see `volseg.planning.task`.
 """
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from volseg.errors import BundleError, CorruptChunkError, JobInterrupted, NonFiniteError
-from volseg.geometry import Box
+from volseg.errors import CorruptChunkError, JobInterrupted, NonFiniteError
+from volseg.geometry import Box, Lattice, Patches, Triple
 from volseg.inference.accumulator import Accumulator
+from volseg.inference.attempt import Answer
+from volseg.inference.choose import Loaded
 from volseg.inference.predictor import Predictor
+from volseg.inference.stopwatch import Waits
+from volseg.inference.transfer import Transfer, Upload
+from volseg.inference.turns import Turns
 from volseg.models.allocator import release_freed_memory
-from volseg.models.bundle import load_network
 from volseg.planning import Plan
+from volseg.planning.seams import ITEMSIZE
+from volseg.planning.task import Parcel, Task
 from volseg.spec import SegmentSpec
 from volseg.storage import files
+from volseg.storage.cache import ChunkCache
 from volseg.storage.digest import digest
 from volseg.storage.ledger import Receipt
 from volseg.storage.volume import ArrayWriter, Volume, open_volume
@@ -34,103 +42,199 @@ PROBABILITIES = "probabilities/0"
 
 @dataclass
 class _Raw:
-    """A block's input: `voxels` (c, z, y, x) of `reach`; `patches` that have to be computed for `wanted`."""
+    """A block's input: `voxels` (c, z, y, x) of `reach`, all that its own patches and those `again` read."""
 
-    wanted: Box
+    own: list[Patches]
+    again: list[Patches]
     reach: Box
-    voxels: NDArray[np.generic]
+    voxels: Upload
     stats: dict[str, float]
 
 
-class BlockProcessor:
-    """Computes blocks of one planned job; every process of a job holds one."""
+@dataclass
+class _Computed:
+    """What computing gave: labels and probabilities of the whole block, or none where it is parked, and parcels."""
 
-    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str) -> None:
+    labels: NDArray[Any] | None
+    probabilities: NDArray[np.uint8] | None
+    parcels: dict[Parcel, NDArray[np.int32]]
+
+
+class BlockProcessor:
+    """Computes blocks of one planned job; every process of a job holds one.
+
+    `before` is that of an earlier job: where both need the same networks in the same way, they are not loaded again.
+    """
+
+    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str, before: BlockProcessor | None = None) -> None:
         self._spec, self._plan = spec, plan
         self._device = torch.device(plan.device)
         self._input: Volume = open_volume(spec.input)
         self._labels = ArrayWriter(files.join(spec.output, LABELS))
         self._probabilities = ArrayWriter(files.join(spec.output, PROBABILITIES)) if spec.probabilities else None
-        manifest, network = load_network(spec.model)
-        if manifest.digest != bundle_digest:
-            raise BundleError(
-                f"the bundle {spec.model} changed while the job ran; the job stopped: run the same command again"
-            )
-        self._low = manifest.scaling.low
-        self._predictor = Predictor(
-            manifest, network, plan.patch, axis=plan.axis, batch=plan.batch, precision=spec.precision,
-            device=self._device,
-        )  # fmt: skip
-        self._computing = threading.Lock()
-        self._cancelled = threading.Event()
+        # What was allowed for one input may not be for another.
+        guarded = None if spec.precision == "fp32" else spec.input
+        patches = tuple(view.patch for view in plan.views)
+        self._model = (
+            bundle_digest,
+            spec.model,
+            spec.mirror,
+            plan.batch,
+            spec.precision,
+            plan.device,
+            patches,
+            guarded,
+        )
+        self._low: Sequence[float]
+        self._predictor: Predictor
+        self.numerics: dict[str, str]
+        if before is not None and before._model == self._model:
+            self._low, self._predictor, self.numerics = before._low, before._predictor, before.numerics
+        else:
+            loaded = Loaded(spec, plan, bundle_digest, self._input)
+            self._low, self._predictor = loaded.manifest.scaling.low, loaded.predictor
+            self.numerics = loaded.numerics
+        self._cache = ChunkCache(self._input, plan.memory.cache)
+        self._transfer = Transfer(self._device)
+        self._waits = Waits()
+        self._turns = Turns()
+        self._kept: dict[Parcel, NDArray[np.int32]] = {}
+        """What the block that was computed last gave to others, for the next one in this worker's hands."""
 
     def cancel(self) -> None:
         """Make every `process` under way raise JobInterrupted at its next patch."""
-        self._cancelled.set()
+        self._turns.cancel()
 
-    def process(self, index: int) -> Receipt:
-        """Segment block `index` and return its receipt.
+    def announce(self, index: int) -> None:
+        """Say that a task of this block comes next; without a word, tasks are computed in the order of their calls."""
+        self._turns.announce(index)
+
+    def process(self, task: Task, inbox: Sequence[NDArray[np.int32]] = ()) -> Answer:
+        """Do what is asked for one block; `inbox` has the parcels of the task, in its order.
 
         Raises BlockError where this block cannot be done, JobError where no block can, JobInterrupted after `cancel`.
         """
+        index, came = task.index, time.perf_counter()
+        ticket = self._turns.enter(index)
+        try:
+            raw = self._read(task)
+            with self._turns.turn(ticket):
+                raw.stats["waiting_seconds"] = self._waits.begin(came)
+                try:
+                    done = self._compute(task, raw, dict(zip(task.inbox, inbox, strict=True)))
+                finally:
+                    self._waits.end()
+        finally:
+            self._turns.leave(ticket)
+        for name, value in task.stats.items():
+            raw.stats[name] = raw.stats.get(name, 0) + value
+        if done.labels is None:
+            return Answer(index, None, done.parcels, raw.stats)
         box = self._plan.grid.box(index)
-        raw = self._read(index, box)
-        with self._computing:
-            labels, probabilities = self._compute(box, raw)
-        return self._write(index, box, labels, probabilities, raw.stats)
+        return Answer(index, self._write(index, box, done.labels, done.probabilities, raw.stats), done.parcels)
 
-    def _read(self, index: int, box: Box) -> _Raw:
+    def _read(self, task: Task) -> _Raw:
         started = time.perf_counter()
-        wanted = box.intersect(self._plan.region)
-        reach = self._plan.lattice.reach(wanted)
-        voxels = self._input.read(reach)
-        stats: dict[str, float] = {"absent_chunks": self._input.absent_chunks(wanted, wanted, self._plan.region)}
-        if np.issubdtype(voxels.dtype, np.floating):
-            stats["nonfinite"] = self._fill_nonfinite(index, voxels, wanted.relative_to(reach.start))
+        index, owner = task.index, self._plan.ownership
+        wanted = owner.wanted(index)
+        own = owner.own(index) if task.own else []
+        again = [patches for giver in task.again for patches in owner.shared(giver, index)]
+        reach = owner.hull(own + again, index)
+        stats: dict[str, float] = {}
+        if task.own:
+            stats["absent_chunks"] = self._input.absent_chunks(wanted, wanted, self._plan.region)
+        floating = np.issubdtype(self._input.dtype, np.floating)
+        if floating and task.own and self._spec.nan == "fill":
+            # What is filled is counted by the block that wants it, whoever computes its patches.
+            reach = reach.hull(wanted) if own or again else wanted
+        shape = (self._plan.channels, *reach.shape)
+        voxels = self._cache.read(reach) if reach.size else np.empty(shape, self._input.dtype)
+        stats["read_bytes"] = self._cache.taken()
+        if floating:
+            core = wanted.relative_to(reach.start) if task.own else None
+            sources = [owner.source(patches).relative_to(reach.start) for patches in own + again]
+            stats["nonfinite"] = self._fill_nonfinite(index, voxels, sources, core)
         stats["read_seconds"] = time.perf_counter() - started
-        return _Raw(wanted, reach, voxels, stats)
+        return _Raw(own, again, reach, self._transfer.up(native(voxels)), stats)
 
-    def _fill_nonfinite(self, index: int, voxels: NDArray[Any], core: Box) -> int:
+    def _fill_nonfinite(self, index: int, voxels: NDArray[Any], sources: Sequence[Box], core: Box | None) -> int:
+        """Return how many voxels of `core` are NaN or Inf, and fill them all; or refuse those in `sources`."""
         count = 0
         for channel, low in zip(voxels, self._low, strict=True):
             bad = ~np.isfinite(channel)
             if not bad.any():
                 continue
             if self._spec.nan == "error":
-                z, y, x = np.argwhere(bad)[0]
-                raise NonFiniteError(
-                    f"block {index} reads {int(bad.sum())} voxels that are NaN or Inf, the first at offset "
-                    f"{z},{y},{x} of its input; a network would spread them: repair the input, or use --nan fill"
-                )
-            count += int(bad[core.slices].sum())
+                for source in sources:
+                    self._refuse(index, bad[source.slices], source)
+            elif core is not None:
+                count += int(bad[core.slices].sum())
             channel[bad] = low
         return count
 
+    def _refuse(self, index: int, bad: NDArray[np.bool_], source: Box) -> None:
+        if bad.any():
+            z, y, x = np.argwhere(bad)[0] + source.start
+            raise NonFiniteError(
+                f"block {index} reads {int(bad.sum())} voxels that are NaN or Inf, the first at offset "
+                f"{z},{y},{x} of its input; a network would spread them: repair the input, or use --nan fill"
+            )
+
     @torch.inference_mode()
-    def _compute(self, box: Box, raw: _Raw) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    def _compute(self, task: Task, raw: _Raw, inbox: dict[Parcel, NDArray[np.int32]]) -> _Computed:
         started = time.perf_counter()
         before, seconds = self._predictor.forwards, self._predictor.seconds
-        plan = self._plan
+        plan, index = self._plan, task.index
+        owner, wanted = plan.ownership, plan.ownership.wanted(index)
         if self._device.type == "cpu":
             release_freed_memory()
-        voxels = torch.from_numpy(_native(raw.voxels)).to(self._device)
-        accumulator = Accumulator(raw.wanted, plan.lattice, self._spec.blend, self._predictor.sums, self._device)
-        indices = list(plan.lattice.touching(raw.wanted))
-        views = [_patch_view(voxels, plan.lattice.box(i), raw.reach) for i in indices]
-        for patch_index, probability in zip(indices, self._predictor.run(views), strict=True):
-            if self._cancelled.is_set():
-                raise JobInterrupted("stopped")
-            accumulator.add(patch_index, probability)
-        labels = accumulator.labels(plan.threshold).cpu().numpy()
-        if plan.classes > 256:
-            labels = labels.astype(np.uint16)
-        probabilities = accumulator.probabilities().cpu().numpy() if self._probabilities else None
+        box = owner.extent(index) if task.own else wanted
+        sums = Accumulator(box, plan.lattices, self._spec.blend, self._predictor.sums, self._device)
+        self._add_patches(raw, raw.own, sums)
+        parcels: dict[Parcel, NDArray[np.int32]] = {}
+        least = plan.seams.floor // ITEMSIZE
+        if task.own:
+            parcels = {(index, seam.block): sums.part(seam.box, least) for seam in owner.receivers(index)}
+        hoped = {(giver, index): self._kept.get((giver, index)) for giver in task.hoped}
+        if task.own:
+            self._kept = dict(parcels)
+        sums.narrow(wanted)
+        labels: NDArray[Any] | None = None
+        probabilities: NDArray[np.uint8] | None = None
+        if task.finish and all(row is not None for row in hoped.values()):
+            self._add_patches(raw, raw.again, sums)
+            for (giver, _), row in (inbox | hoped).items():
+                assert row is not None
+                sums.merge(wanted if giver == index else owner.seam(giver, index), row)
+            labels, probabilities = self._decide(index, sums)
+        else:
+            parcels[index, index] = sums.part(wanted, least)
         raw.stats["forwards"] = self._predictor.forwards - before
         raw.stats["forward_seconds"] = self._predictor.seconds - seconds
         raw.stats["compute_seconds"] = time.perf_counter() - started
-        return _embed(labels, raw.wanted, box), None if probabilities is None else _embed(
-            probabilities, raw.wanted, box
-        )
+        return _Computed(labels, probabilities, parcels)
+
+    def _add_patches(self, raw: _Raw, groups: Sequence[Patches], sums: Accumulator) -> None:
+        plan, voxels = self._plan, raw.voxels.get()
+        for patches in groups:
+            view = plan.views[patches.view]
+            for indices in _alike(view.lattice, patches):
+                # One after another: where patches leave the volume they are copies, and there may be many.
+                taken = (take_patch(voxels, view.lattice.source(i), raw.reach) for i in indices)
+                for index, probability in zip(indices, self._predictor.run(taken, view.axis), strict=True):
+                    if self._turns.cancelled:
+                        raise JobInterrupted("stopped")
+                    kept = probability[(slice(None), *view.lattice.kept(index))]
+                    sums.add(index, kept, patches.view)
+
+    def _decide(self, index: int, sums: Accumulator) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+        plan, wanted = self._plan, sums.box
+        labels = self._transfer.down(sums.labels(plan.threshold))
+        if plan.classes > 256:
+            labels = labels.astype(np.uint16)
+        probabilities = self._transfer.down(sums.probabilities()) if self._probabilities else None
+        box = plan.grid.box(index)
+        return _embed(labels, wanted, box), None if probabilities is None else _embed(probabilities, wanted, box)
 
     def _write(
         self,
@@ -155,24 +259,39 @@ class BlockProcessor:
             objects |= {f"{name}/{key}": size for key, size in sizes.items()}
         inside = labels[box.intersect(self._plan.region).relative_to(box.start).slices]
         stats |= {f"class_{c}": n for c, n in enumerate(_count(inside, self._plan.classes)) if n}
+        stats["written_bytes"] = sum(objects.values())
         stats["write_seconds"] = time.perf_counter() - started
         return Receipt(index, digests, objects, stats)
 
 
-def _patch_view(voxels: torch.Tensor, patch: Box, reach: Box) -> torch.Tensor:
-    """Return the patch (c, z, y, x) as a view; where it leaves the volume, a copy with the last voxel repeated."""
+def _alike(lattice: Lattice, patches: Patches) -> list[list[Triple]]:
+    """Return patches, those of one shape together: a batch holds no others."""
+    groups: dict[Triple, list[Triple]] = {}
+    for index in patches:
+        groups.setdefault(lattice.source(index).shape, []).append(index)
+    return list(groups.values())
+
+
+def take_patch(voxels: torch.Tensor, patch: Box, reach: Box) -> torch.Tensor:
+    """Return the patch (c, z, y, x) as a view; where it leaves the volume, a copy with its edge repeated, in float32.
+
+    `reach` holds all of the patch that lies in the volume, so that the block makes no difference.
+    """
     inside = patch.intersect(reach)
     view = voxels[(slice(None), *inside.relative_to(reach.start).slices)]
     if inside == patch:
         return view
-    for axis, (have, want) in enumerate(zip(inside.shape, patch.shape, strict=True), start=1):
-        if have < want:
-            index = torch.arange(want, device=voxels.device).clamp_(max=have - 1)
-            view = view.index_select(axis, index)
+    # Not every release of torch can select from unsigned 16-bit voxels on a GPU, but all can convert them.
+    view = view.to(torch.float32)
+    for axis in range(3):
+        if inside.shape[axis] < patch.shape[axis]:
+            places = torch.arange(patch.start[axis], patch.stop[axis], device=voxels.device)
+            places.clamp_(inside.start[axis], inside.stop[axis] - 1).sub_(inside.start[axis])
+            view = view.index_select(axis + 1, places)
     return view
 
 
-def _native(voxels: NDArray[Any]) -> NDArray[Any]:
+def native(voxels: NDArray[Any]) -> NDArray[Any]:
     """Return voxels in a dtype that torch knows: native byte order, no bool, no half-known wide unsigned integers."""
     kind = voxels.dtype
     if kind == np.bool_:

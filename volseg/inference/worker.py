@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from volseg.inference.attempt import Failure, attempt
+from volseg.inference.attempt import Answer, Failure, attempt
 from volseg.inference.block_processor import BlockProcessor
-from volseg.inference.predictor import fingerprint
+from volseg.inference.predictor import fingerprint, named
 from volseg.models.allocator import keep_freed_memory
 from volseg.planning import Plan
+from volseg.planning.task import Task
 from volseg.spec import SegmentSpec
-from volseg.storage.ledger import Receipt
 from volseg.storage.volume import configure
 
 
@@ -22,31 +26,54 @@ class Worker:
     """Holds one process' share of a job, the same in this process and in a Ray actor.
 
     CPU workers compute with one thread: more workers use a machine better than more threads, and the bits of a forward
-    depend on the number of threads.
+    depend on the number of threads. `before` is the worker of an earlier job in this process, closed; its networks are
+    used again where they fit.
     """
 
-    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str) -> None:
+    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str, before: Worker | None = None) -> None:
         self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        keep_freed_memory()
+        self._measuring = threading.Lock()
+        self._highest = self._peak = 0
+        self._shared = resident_shared()
+        self._on_gpu = plan.device == "cuda"
+        settle(plan.device)
         configure(threads=2)
-        if plan.device == "cuda":
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cuda.matmul.allow_tf32 = False
-        self.fingerprint = fingerprint(plan.device)
-        self._processor = BlockProcessor(spec, plan, bundle_digest)
+        earlier = before._processor if before is not None else None
+        self._processor: BlockProcessor = BlockProcessor(spec, plan, bundle_digest, earlier)
+        self.fingerprint = named(fingerprint(plan.device) | self._processor.numerics)
 
-    def attempt(self, index: int) -> Receipt | Failure:
-        """Process one block; see `volseg.inference.attempt`."""
+    def announce(self, index: int) -> None:
+        """Say that a task of this block comes next; see `volseg.inference.block_processor`."""
+        self._processor.announce(index)
+
+    def attempt(self, task: Task, inbox: Sequence[NDArray[np.int32]] = ()) -> Answer | Failure:
+        """Do one task, with its parcels; see `volseg.inference.attempt`."""
         # OpenMP counts for every thread that calls it: in a new one, a small convolution would use all cores.
         torch.set_num_threads(1)
-        return attempt(self._processor.process, index)
+        return attempt(lambda: self._processor.process(task, inbox), task.index)
 
     def peak_memory(self) -> int:
-        """Return this process' resident peak in bytes."""
-        return resident_peak()
+        """Return this process' resident peak in bytes, with what it shares with others as far as it was new to it.
+
+        Ray's object store is memory that all processes of a machine share, and pages that a process has once seen count
+        as its own for ever. So of those only what a block added is counted: the seams that it read and wrote.
+        """
+        peak, shared = resident_peak(), resident_shared()
+        with self._measuring:
+            if peak > self._highest:
+                self._highest = peak
+                self._peak = max(self._peak, peak - self._shared)
+            self._shared = shared
+            return self._peak
+
+    def gpu_memory(self) -> dict[str, int]:
+        """Return bytes of GPU memory by kind: allocated, reserved and peak of this process, total; empty on a CPU."""
+        if not self._on_gpu:
+            return {}
+        return {
+            "allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved(),
+            "peak": torch.cuda.max_memory_reserved(), "total": torch.cuda.mem_get_info()[1],
+        }  # fmt: skip
 
     def close(self) -> None:
         """Stop blocks under way and give torch its threads back."""
@@ -54,12 +81,35 @@ class Worker:
         torch.set_num_threads(self._threads)
 
 
+def settle(device: str) -> None:
+    """Give this process the settings that numerics and speed of a forward depend on."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    if device == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def resident_shared() -> int:
+    """Return how much shared memory counts as resident in this process now, in bytes; 0 where nobody says."""
+    return _of_status("RssShmem") or 0
+
+
 def resident_peak() -> int:
     """Return the largest resident size that this process ever had, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not from getrusage: there a new process begins with the peak of the one that started it.
-        (kib,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(kib) * 1024
+    # Not from getrusage, where it can be helped: there a new process begins with the peak of the one that started it.
+    if (here := _of_status("VmHWM")) is not None:
+        return here
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _of_status(name: str) -> int | None:
+    """Return a size in bytes from what Linux says of this process, None where it says nothing."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else None
