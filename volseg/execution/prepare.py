@@ -9,27 +9,38 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from volseg.errors import InputError
-from volseg.geometry import Triple
-from volseg.models.config import to_network, to_volume
+from volseg.execution.begun import begun_tile
+from volseg.execution.limits import check_allowed
+from volseg.geometry import AXES, Halo, TileLattice, Triple
+from volseg.models.config import Axis, NetworkConfig, ProgramConfig, TracedConfig, to_network, to_volume
+from volseg.models.dependency import halo_of, patch_dependent
 from volseg.models.manifest import BundleManifest, read_manifest
-from volseg.planning import ModelFacts, Plan, Resources, VolumeFacts, make_plan
-from volseg.planning.memory import BASELINE_ACTOR, BASELINE_SERIAL, GIB
+from volseg.planning import ModelFacts, Plan, Resources, SeamRoom, ViewFacts, VolumeFacts, compare, make_plan
+from volseg.planning.memory import BASELINE_ACTOR, BASELINE_SERIAL, GIB, S3_CLIENTS
+from volseg.planning.seams import PARCEL_FLOOR
 from volseg.spec import SegmentSpec
 from volseg.storage import files
+from volseg.storage.ledger import ledger_root
+from volseg.storage.places import check_apart, check_places
 from volseg.storage.volume import Volume, open_volume
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised whenever the same inputs would give other bits."""
 
 _MOST_MEMORY = 8 * GIB
 _SHARE_OF_FREE = 0.6
+_SHARE_FOR_SEAMS = 0.5  # of what a worker may use in all, where seams wait in its own memory
+_SHARE_FOR_STORE = 0.1  # of what is free, for the object store of a Ray inside this process
+_MOST_STORE = 16 * GIB if sys.platform == "linux" else 2 * GIB
+SHARE_OF_STORE = 0.6
+"""Of an object store, for what waits: the machines do not all make the same, and copies lie there, too."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class Cores:
     """Bytes that the workers of one machine may use together."""
     slots: int | None = None
     """Workers that share one machine; None where all do."""
+    store: int = 0
+    """Bytes of all machines' object stores."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,12 @@ class Prepared:
     volume: Volume
     manifest: BundleManifest
     plan: Plan
+    facts: tuple[VolumeFacts, ModelFacts, Resources]
+    """What the plan was made from."""
+
+    def comparison(self) -> dict[str, Any]:
+        """Return what blending and exact mode would each cost; see `volseg.planning.compare`."""
+        return compare(self.spec, *self.facts, self.plan)
 
     def with_storage(self, chunks: Sequence[int], shards: Sequence[int]) -> Prepared:
         """Return the job with the chunks and shards of an output that exists."""
@@ -73,9 +92,8 @@ class Prepared:
             "input": self.volume.identity(),
             "region": str(plan.region),
             "model": self.bundle_digest,
-            "axis": plan.axis,
-            "patch": list(plan.patch),
-            "stride": list(plan.stride),
+            **_of_views(plan),
+            "mirror": spec.mirror,
             "blend": spec.blend,
             "threshold": plan.threshold,
             "precision": spec.precision,
@@ -89,6 +107,29 @@ class Prepared:
         """Name of the job: sha256 of its identity, 32 hexadecimal digits."""
         text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def name(self) -> str:
+        """What events, metrics and submissions call the job."""
+        return short_name(self.job_key)
+
+
+def short_name(job_key: str) -> str:
+    """Return the digits of a job's key that name it where room is short."""
+    return job_key[:12]
+
+
+def _of_views(plan: Plan) -> dict[str, Any]:
+    """Return axis, patch and stride, in exact mode the halo; lists of them where several views are averaged."""
+    values: dict[str, list[Any]] = {
+        "axis": [view.axis for view in plan.views],
+        "patch": [list(view.patch) for view in plan.views],
+        "stride": [list(view.lattice.stride) for view in plan.views],
+    }
+    if plan.exact:
+        # A tile's place in the whole input decides the shape of its forward, and with it the last bits.
+        values |= {"halo": [view.lattice.halo for view in plan.views if isinstance(view.lattice, TileLattice)]}
+    return values if len(plan.views) > 1 else {name: value[0] for name, value in values.items()}
 
 
 def local_cores(spec: SegmentSpec) -> Cores:
@@ -105,7 +146,14 @@ def local_cores(spec: SegmentSpec) -> Cores:
             "device cuda was asked for, but this machine has no usable GPU: leave --device out, or say cpu"
         )
     device = "cuda" if gpus else "cpu"
-    return Cores(cpus, gpus, device, gpus or cpus, int(psutil.virtual_memory().available * _SHARE_OF_FREE))
+    free = psutil.virtual_memory().available
+    return Cores(cpus, gpus, device, gpus or cpus, int(free * _SHARE_OF_FREE), store=_store(free))
+
+
+def _store(free: int) -> int:
+    """Return how large Ray's object store may become here: it lies in memory that is shared through a file system."""
+    room = psutil.disk_usage("/dev/shm").free // 2 if Path("/dev/shm").exists() else _MOST_STORE
+    return min(int(free * _SHARE_FOR_STORE), room, _MOST_STORE)
 
 
 def _may_have_gpu() -> bool:
@@ -136,51 +184,103 @@ def prepare(spec: SegmentSpec, cores: Cores, executor: str, block: Triple | None
     """
     places = {name: files.absolute(getattr(spec, name)) for name in ("input", "output", "model")}
     spec = spec.model_copy(update=places)
-    _check_places(spec)
+    beside = {"ledger": ledger_root(spec.output)}
+    check_allowed({"input": spec.input, "model": spec.model}, {"output": spec.output, **beside})
+    check_apart(spec.output, {"input": spec.input, "model": spec.model})
+    check_places([spec.input, spec.model], [spec.output, ledger_root(spec.output)])
+    if spec.precision == "fp16" and cores.device == "cpu":
+        raise InputError("precision fp16 needs a GPU; nothing was done: use bf16, fp32 or auto")
     volume = open_volume(spec.input)
     manifest = read_manifest(spec.model)
     workers = 1 if executor == "serial" else spec.workers or cores.workers
     limit = int(spec.memory * GIB) if spec.memory else min(_MOST_MEMORY, cores.memory // (cores.slots or workers))
-    resources = Resources(workers, limit, cores.device, BASELINE_SERIAL if executor == "serial" else BASELINE_ACTOR)
+    baseline = BASELINE_SERIAL if executor == "serial" else BASELINE_ACTOR
+    if any(files.is_s3(place) for place in places.values()):
+        baseline += S3_CLIENTS
+    resources = Resources(workers, limit, cores.device, baseline, _seam_room(spec, cores, executor, limit))
     facts = VolumeFacts(volume.shape, volume.channels or 1, volume.dtype.itemsize)
     # The storage of an unfinished job is kept with its grid, whatever is asked for now.
     asked = spec if block is None else spec.model_copy(update={"chunks": None, "shards": None})
-    plan = make_plan(asked, facts, model_facts(manifest, spec), resources, block)
-    return Prepared(spec, volume, manifest, plan)
+    model = model_facts(manifest, spec)
+    job = Prepared(spec, volume, manifest, make_plan(asked, facts, model, resources, block), (facts, model, resources))
+    tile = begun_tile(spec.output, job.identity) if spec.blend == "exact" and spec.tile is None else None
+    if tile is None or tile == job.plan.tile:
+        return job
+    # Planned when there was other memory; with another tile it would be another job.
+    asked = asked.model_copy(update={"tile": tile})
+    return replace(job, plan=make_plan(asked, facts, model, resources, block))
+
+
+def _seam_room(spec: SegmentSpec, cores: Cores, executor: str, limit: int) -> SeamRoom:
+    """Return where sums wait for other blocks, and how much room there is."""
+    given = None if spec.seam_memory is None else int(spec.seam_memory * GIB)
+    if executor == "serial":
+        return SeamRoom(int(limit * _SHARE_FOR_SEAMS) if given is None else given, local=True)
+    budget = int(cores.store * SHARE_OF_STORE) if given is None else given
+    return SeamRoom(budget, PARCEL_FLOOR, grows=spec.address is not None and spec.workers is None)
 
 
 def model_facts(manifest: BundleManifest, spec: SegmentSpec) -> ModelFacts:
-    """Return what a plan needs to know of a bundle; for a 2D network, along the axis that the spec asks for."""
+    """Return what a plan needs to know of a bundle; for a 2D network, along the axes that the spec asks for."""
     config = manifest.config
-    axis = spec.axis or manifest.axis
     if spec.axis is not None and config.dims == 3:
-        raise InputError(f"axis {spec.axis} was given, but the model is 3D and has no slice axis: leave it out")
-    itemsize = 2 if spec.precision == "bf16" else 4
-    patch, pooling = manifest.patch, manifest.pooling
-    if config.dims == 2:
-        patch, pooling = to_volume(to_network(patch, manifest.axis), axis), to_volume(config.pooling, axis)
-
-    def in_network(sides: Triple) -> Triple:
-        return to_network(sides, axis) if config.dims == 2 else sides
-
+        raise InputError(
+            f"axis {','.join(spec.axis)} was given, but the model is 3D and has no slice axis: leave it out"
+        )
+    # The mean does not depend on the order, and neither may the name of the job.
+    axes = sorted(spec.axis or (manifest.axis,), key=AXES.index)
+    # Reduced precision is compared with fp32 first, which takes what fp32 takes.
+    itemsize = 4
     return ModelFacts(
-        dims=config.dims, in_channels=config.in_channels, classes=len(manifest.classes), pooling=pooling, patch=patch,
-        axis=axis, threshold=manifest.threshold or 0.5, parameter_bytes=config.parameter_count * itemsize,
-        activation_bytes=lambda sides, batch: config.activation_bytes(in_network(sides), batch, itemsize),
-        flops=lambda sides: float(config.flops(in_network(sides))),
+        dims=config.dims, in_channels=config.in_channels, classes=len(manifest.classes),
+        threshold=manifest.threshold or 0.5, parameter_bytes=config.parameter_count * itemsize,
+        views=tuple(_view_facts(manifest, config, axis, itemsize, spec) for axis in axes), members=manifest.members,
+        mirrors=2**config.dims if spec.mirror else 1,
     )  # fmt: skip
 
 
-def _check_places(spec: SegmentSpec) -> None:
-    if not files.is_local(spec.output):
-        return
-    output = files.local_path(spec.output)
-    for name in ("input", "model"):
-        place = getattr(spec, name)
-        if not files.is_local(place):
-            continue
-        other = files.local_path(place)
-        if output == other or output in other.parents or other in output.parents:
-            raise InputError(
-                f"output {output} and {name} {other} overlap: writing would destroy what is read; choose another output"
-            )
+def _view_facts(
+    manifest: BundleManifest, config: NetworkConfig, axis: Axis, itemsize: int, spec: SegmentSpec
+) -> ViewFacts:
+    def in_network(sides: Triple) -> Triple:
+        return to_network(sides, axis) if config.dims == 2 else sides
+
+    sides = manifest.sides(axis)
+    halo, inexact = _halo(manifest, config, axis, spec)
+    return ViewFacts(
+        axis=axis, patch=manifest.patch_along(axis), pooling=sides.pooling, phase=sides.phase, smallest=sides.smallest,
+        margin=sides.margin,
+        activation_bytes=lambda sides, batch: config.activation_bytes(in_network(sides), batch, itemsize),
+        flops=lambda sides: float(config.flops(in_network(sides))), halo=halo, inexact=inexact,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _proven(uri: str, _digest: str) -> tuple[Halo | None, str]:
+    """Return the halo of a network that is not known by its layers, or why there is none."""
+    # Only such a network needs torch for its plan.
+    from volseg.models.bundle import load_networks
+    from volseg.models.prove import prove_halo
+
+    manifest, networks = load_networks(uri)
+    assert isinstance(manifest.config, TracedConfig)
+    return prove_halo(networks[0], manifest.config)
+
+
+def _halo(manifest: BundleManifest, config: NetworkConfig, axis: Axis, spec: SegmentSpec) -> tuple[Halo | None, str]:
+    """Return what exact mode reads around a tile, or why it cannot be."""
+    if isinstance(config, ProgramConfig):
+        layers = patch_dependent(config.program)
+        if layers:
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            return None, f"its layer {layers[0]}{more} normalises over the whole patch, so every voxel depends on all"
+        found: Halo | None = halo_of(config.program)
+    elif spec.blend != "exact":
+        return None, f"the halo of {manifest.architecture} is measured only when --blend exact asks for it"
+    else:
+        found, why = _proven(spec.model, str(manifest.digest))
+        if why:
+            return None, why
+    if found is None or config.dims == 3:
+        return found, ""
+    return Halo(*(to_volume(triple, axis) for triple in (found.before, found.after, found.step))), ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from volseg.errors import BlockError, VerifyError, VolumeError
-from volseg.execution.output import marks_of, unsound
+from volseg.execution.output import inspected, marks_of
 from volseg.geometry import BlockGrid, Box
 from volseg.storage import files
 from volseg.storage.digest import digest
@@ -35,12 +35,21 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
     shape, block = header["shape"], header["block"]
     region = Box.parse(header["region"], (shape[0], shape[1], shape[2]))
     grid = BlockGrid((shape[0], shape[1], shape[2]), (block[0], block[1], block[2]), region)
-    receipts = ledger.receipts()
-    arrays = _open({name for receipt in receipts.values() for name in receipt.digests}, output)
-    damaged = dict.fromkeys(unsound(output, receipts), "an object is absent or has another size")
-    if deep:
-        damaged |= _compare(arrays, grid, {i: r for i, r in receipts.items() if i not in damaged}, progress)
-    missing = len(grid) - len(receipts)
+    missing, objects, size = len(grid), 0, 0
+    damaged: dict[int, tuple[str, list[str]]] = {}
+    arrays = _Arrays(output)
+    for receipt, sound in inspected(output, ledger.receipts()):
+        missing -= 1
+        objects += len(receipt.objects)
+        size += sum(receipt.objects.values())
+        arrays.open(receipt.digests)
+        fault = "" if sound else "an object is absent or has another size"
+        if deep and sound:
+            fault = arrays.compare(receipt, grid.box(receipt.index))
+            if progress is not None:
+                progress(len(grid) - missing, len(grid))
+        if fault:
+            damaged[receipt.index] = fault, sorted(receipt.objects)
     complete = marks.get("status") == "complete" and not missing
     return {
         "status": "damaged" if damaged else "verified" if complete else "incomplete",
@@ -48,44 +57,42 @@ def verify(output: str, *, deep: bool = False, progress: Progress | None = None)
         "deep": deep,
         "blocks": {
             "total": len(grid),
-            "with_receipt": len(receipts),
+            "with_receipt": len(grid) - missing,
             "without_receipt": missing,
             "damaged": len(damaged),
         },
-        "objects": sum(len(receipt.objects) for receipt in receipts.values()),
-        "bytes": sum(sum(receipt.objects.values()) for receipt in receipts.values()),
+        "objects": objects,
+        "bytes": size,
         "damaged": [
-            {
-                "block": index,
-                "box": str(grid.box(index)),
-                "error": message,
-                "objects": sorted(receipts[index].objects),
-            }
-            for index, message in sorted(damaged.items())
+            {"block": index, "box": str(grid.box(index)), "error": message, "objects": names}
+            for index, (message, names) in sorted(damaged.items())
         ],
     }
 
 
-def _open(names: Iterable[str], output: str) -> dict[str, ArrayWriter]:
-    try:
-        return {name: ArrayWriter(files.join(output, name)) for name in sorted(names)}
-    except VolumeError as error:
-        raise VerifyError(f"the result in {output} cannot be read: {error}") from None
+class _Arrays:
+    """The arrays of a result, opened as receipts name them."""
 
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self._found: dict[str, ArrayWriter] = {}
 
-def _compare(
-    arrays: Mapping[str, ArrayWriter], grid: BlockGrid, receipts: dict[int, Receipt], progress: Progress | None
-) -> dict[int, str]:
-    damaged: dict[int, str] = {}
-    for count, (index, receipt) in enumerate(receipts.items(), start=1):
+    def open(self, names: Iterable[str]) -> None:
+        """Open what is not open yet; raises VerifyError where one cannot be read."""
+        try:
+            for name in names:
+                if name not in self._found:
+                    self._found[name] = ArrayWriter(files.join(self._output, name))
+        except VolumeError as error:
+            raise VerifyError(f"the result in {self._output} cannot be read: {error}") from None
+
+    def compare(self, receipt: Receipt, box: Box) -> str:
+        """Return what is wrong with the voxels of a block, an empty string where nothing is."""
         for name, wanted in receipt.digests.items():
             try:
-                found = digest(arrays[name].read(grid.box(index)))
+                found = digest(self._found[name].read(box))
             except (OSError, BlockError) as error:
-                damaged[index] = f"{name}: {error}"
-                continue
+                return f"{name}: {error}"
             if found != wanted:
-                damaged[index] = f"{name}: the voxels are not those that were written"
-        if progress is not None:
-            progress(count, len(receipts))
-    return damaged
+                return f"{name}: the voxels are not those that were written"
+        return ""
