@@ -6,12 +6,13 @@ would drown in changes that suit an electron micrograph or a scan with a bright 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from volseg.training.index import LabelIndex
-from volseg.training.sampler import Region
+from volseg.training.region import Region
 
 _TILES = 256
 _FEWEST_VOXELS = 100
@@ -26,14 +27,16 @@ class GreySpread:
     within: float
 
 
-def measure_greys(region: Region, index: LabelIndex) -> GreySpread | None:
+def measure_greys(regions: Sequence[Region], index: LabelIndex) -> GreySpread | None:
     """Return the spread of the median foreground class (weighted by the root of its size), None where too few are seen.
 
-    `between` is the std of the class mean over the tiles of `index`, `within` the mean std inside a tile.
+    `between` is the std of the class mean over the tiles of `index`, which has one part a region; `within` is the mean
+    std inside a tile. The first channel stands for all.
     """
-    chosen = np.unique(np.linspace(0, len(index.tiles) - 1, min(_TILES, len(index.tiles))).round().astype(int))
+    tiles = [(region, tile) for region, part in zip(regions, index.parts, strict=True) for tile in part.tiles]
+    chosen = np.unique(np.linspace(0, len(tiles) - 1, min(_TILES, len(tiles))).round().astype(int))
     seen: dict[int, list[tuple[int, float, float]]] = {}
-    for tile in (index.tiles[i] for i in chosen):
+    for region, tile in (tiles[i] for i in chosen):
         image, labels = region.read_image(tile)[0], region.read_labels(tile)
         for cls in np.unique(labels[labels > 0]):
             values = image[labels == cls]

@@ -36,7 +36,7 @@ class TrainResult:
     """How a training ended: where the bundle is and how well it does on the validation region.
 
     `dice` maps class names to the Dice on the validation region, None for a class that is neither there nor predicted;
-    it is None without a validation region. `weights` says which weights the bundle holds.
+    it is None without a validation region. `weights` says which weights the bundle holds, of `members` networks.
     """
 
     bundle: str
@@ -50,6 +50,8 @@ class TrainResult:
     threshold: float | None
     steps_per_second: float
     data_wait: float
+    class_bias: tuple[float, ...] | None = None
+    members: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -1,14 +1,13 @@
 """Training patches: where they lie, what is read, how they are changed.
 
-Every patch has a random stream of its own, so that a resumed training goes on with the patches it would have had.
+Every patch has a random stream of its own, so that a resumed training goes on with the patches it would have had, on
+whatever number of workers.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,116 +15,90 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from volseg.errors import VolumeError
 from volseg.geometry.box import Box, Triple
-from volseg.intensity import Scaling
-from volseg.training.augment import Augmentation, change_intensity, draw_geometry, take
-from volseg.training.index import LabelIndex
-from volseg.training.view import NetworkView
-
-IGNORED = -1
-"""Label of voxels that no loss and no metric counts, inside the training code."""
-
+from volseg.training.augment import Augmentation, Geometry, change_intensity, draw_geometry, stretch, take
+from volseg.training.data import Data
+from volseg.training.index import RegionIndex
+from volseg.training.region import IGNORED, Region
 
 # How often a tile that was read from storage is used before another takes its place, on average.
 _USES = 16
-_PATCHES_A_STEP = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Region:
-    """Image and labels inside a box, all in network coordinates; what lies beyond the box is never read."""
-
-    image: NetworkView
-    labels: NetworkView
-    box: Box
-    scaling: Scaling
-    ignore: int
-
-    @property
-    def slots(self) -> int | None:
-        """Number of tiles that can be worked on at a time with their neighbours in memory; None where all fit."""
-        if min(self.image.fits(self.box), self.labels.fits(self.box)) >= 1.0:
-            return None
-        return max(4, int(min(self.image.tiles_held, self.labels.tiles_held) / 12))
-
-    def read_image(self, box: Box) -> NDArray[np.float32]:
-        """Return `box` (c, ...) scaled, the region's border continued outwards. Raises VolumeError on NaN or Inf."""
-        inside = box.intersect(self.box)
-        raw = self.image.read(inside)
-        if raw.dtype.kind == "f" and not np.isfinite(raw).all():
-            raise VolumeError(
-                f"the image holds NaN or Inf near slice {inside.start[0]}, row {inside.start[1]}, column "
-                f"{inside.start[2]}; a network cannot learn from them: replace them or choose another region"
-            )
-        return np.pad(self.scaling.apply(raw), [(0, 0), *_missing(box, inside)], mode="edge")
-
-    def read_labels(self, box: Box) -> NDArray[np.int64]:
-        """Return the labels of `box`; IGNORED where unlabelled or beyond the region."""
-        inside = box.intersect(self.box)
-        values = self.labels.read(inside)[0].astype(np.int64)
-        values[values == self.ignore] = IGNORED
-        return np.pad(values, _missing(box, inside), constant_values=IGNORED)
-
-
-def _missing(box: Box, inside: Box) -> list[tuple[int, int]]:
-    return [(i - a, b - j) for a, b, i, j in zip(box.start, box.stop, inside.start, inside.stop, strict=True)]
+# Tiles that a slot needs in memory: one of image and labels each, and those beside it.
+_NEIGHBOURS = 12
 
 
 class Sampler:
-    """Draws patches of `patch` sides (network coordinates), half of them around a voxel of a rarer class.
+    """Draws patches of `patch` sides with labels of `answer` sides in their centre (network coordinates).
 
-    Of the foreground classes, each is drawn in proportion to the root of its size: small ones often, none only.
+    A volume is drawn by its weight, then in half of all cases a rarer class and one of its voxels, else any voxel: of
+    the foreground classes, each is drawn in proportion to the root of its size, small ones often, none only.
     """
 
-    def __init__(
-        self, region: Region, index: LabelIndex, patch: Triple, augmentation: Augmentation | None, seed: int
-    ) -> None:
-        self._region = region
-        self._index = index
-        self._patch = patch
+    def __init__(self, data: Data, patch: Triple, answer: Triple, augmentation: Augmentation | None, seed: int) -> None:
+        if any(p < a or (p - a) % 2 for p, a in zip(patch, answer, strict=True)):
+            raise ValueError(f"an answer of {answer} does not lie in the centre of a patch of {patch}")
+        if augmentation is not None:
+            # A turn exchanges the sides of the answer, too.
+            square = tuple(pair for pair in augmentation.quarter_turns if answer[pair[0]] == answer[pair[1]])
+            augmentation = replace(augmentation, quarter_turns=square)
+        self.patch = patch
+        self.answer = answer
+        self.channels = data.train[0].image.channels
+        z, y, x = ((p - a) // 2 for p, a in zip(patch, answer, strict=True))
+        self._margin = (z, y, x)
         self._augmentation = augmentation
         self._seed = seed
-        totals = index.totals.astype(np.float64)
-        foreground = np.sqrt(totals)
-        foreground[0] = 0
-        self._by_size = totals / totals.sum()
-        self._by_class = foreground / foreground.sum() if foreground.sum() else self._by_size
-        self._until = index.counts.cumsum(axis=0)
-        self._slots = region.slots
+        volumes = sorted({region.volume for region in data.train})
+        pairs = list(zip(data.train, data.index.parts, strict=True))
+        self._pools = [_Pool([pair for pair in pairs if pair[0].volume == v]) for v in volumes]
+        self._chances = _cumulated([pool.weight for pool in self._pools])
+        self._slots = slots_for(data.train)
 
-    def draw(self, step: int, number: int) -> tuple[Tensor, Tensor]:
-        """Return patch `number` of `step`: image (c, ...) float32 and labels (...) int64."""
+    def draw(self, step: int, number: int, size: int = 4) -> tuple[Tensor, Tensor]:
+        """Return patch `number` of the `size` patches of `step`: image (c, ...) float32 and labels (...) int64.
+
+        Raises VolumeError on NaN or Inf in the image, and as the volumes' `read` does.
+        """
         rng = np.random.default_rng([self._seed, step, number])
-        origin = self._place(step, rng)
+        region, tile, cls = self._pick(step, size, rng)
+        start = self._place(region, region.find(tile, cls, rng), rng)
         if self._augmentation is None:
-            return self._crop(origin)
-        geometry = draw_geometry(self._augmentation, self._patch, rng)
-        image, labels = self._crop(origin) if geometry.grid is None else self._warp(origin, geometry.grid)
+            return self._crop(region, start)
+        geometry = draw_geometry(self._augmentation, self.patch, rng)
+        image, labels = self._warp(region, start, geometry)
         image = change_intensity(geometry.finish(image), self._augmentation, rng)
-        return image.contiguous(), geometry.finish(labels[None])[0].contiguous()
+        return image, geometry.finish(labels[None])[0]
 
-    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return the patches of `step`: images (b, c, ...) and labels (b, ...)."""
-        pairs = [self.draw(step, number) for number in range(size)]
-        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+    def empty(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return tensors for `size` patches, images (b, c, ...) float32 and labels (b, ...) int64, not filled."""
+        return torch.empty((size, self.channels, *self.patch)), torch.empty((size, *self.answer), dtype=torch.int64)
 
-    def _place(self, step: int, rng: np.random.Generator) -> Triple:
-        cls, tile = self._pick(self._slot(step, rng))
-        labels = self._region.labels.read(tile)[0]
-        found = np.flatnonzero(np.ascontiguousarray(labels).reshape(-1) == cls)
-        voxel = np.unravel_index(int(found[rng.integers(len(found))]), labels.shape)
-        origin = []
-        for i in range(3):
-            side, low = self._patch[i], self._region.box.start[i]
-            last = max(self._region.box.stop[i] - side, low)
-            start = int(voxel[i]) + tile.start[i] - int(rng.integers(side // 4, side - side // 4) if side > 1 else 0)
-            origin.append(min(max(start, low), last))
-        z, y, x = origin
-        return z, y, x
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the patches of `step` that are worker `rank`'s: images (b, c, ...) and labels (b, ...).
 
-    def _slot(self, step: int, rng: np.random.Generator) -> np.random.Generator:
-        """Return the stream that picks class and tile; where not all tiles fit the cache, one of a few.
+        Of the `size` patches of all `world` workers, each has those whose number is `rank` modulo `world`.
+        """
+        numbers = range(rank, size, world)
+        images, labels = self.empty(len(numbers))
+        for i, number in enumerate(numbers):
+            images[i], labels[i] = self.draw(step, number, size)
+        return images, labels
+
+    def names(self, step: int, size: int, rank: int = 0, world: int = 1) -> tuple[str, ...]:
+        """Return the names of the volumes that the patches of a batch come from, each once."""
+        picks = (
+            self._pick(step, size, np.random.default_rng([self._seed, step, number]))[0].name
+            for number in range(rank, size, world)
+        )
+        return tuple(dict.fromkeys(picks))
+
+    def _pick(self, step: int, size: int, rng: np.random.Generator) -> tuple[Region, Box, int]:
+        stream = self._slot(step, size, rng)
+        pool = self._pools[_at(self._chances, stream)]
+        return pool.pick(stream)
+
+    def _slot(self, step: int, size: int, rng: np.random.Generator) -> np.random.Generator:
+        """Return the stream that picks volume, class and tile; where not all tiles fit the cache, one of a few.
 
         Each of the slots keeps its pick for some steps; they change one after the other, and the picks have the same
         distribution as free ones.
@@ -133,81 +106,99 @@ class Sampler:
         if self._slots is None:
             return rng
         slot = int(rng.integers(self._slots))
-        period = _USES * self._slots
-        generation = (step * _PATCHES_A_STEP + slot * _USES) // period
+        generation = (step * size + slot * _USES) // (_USES * self._slots)
         return np.random.default_rng([self._seed, slot, generation, 1])
 
-    def _pick(self, rng: np.random.Generator) -> tuple[int, Box]:
-        chances = self._by_class if rng.random() < 0.5 else self._by_size
-        cls = int(rng.choice(len(chances), p=chances))
-        until = self._until[:, cls]
-        return cls, self._index.tiles[int(np.searchsorted(until, rng.integers(until[-1]), side="right"))]
+    def _place(self, region: Region, voxel: Triple, rng: np.random.Generator) -> Triple:
+        """Return where an answer begins that holds `voxel`, inside the region as far as that is large enough."""
+        origin = []
+        for v, side, low, high in zip(voxel, self.answer, region.box.start, region.box.stop, strict=True):
+            start = v - int(rng.integers(side // 4, side - side // 4) if side > 1 else 0)
+            origin.append(min(max(start, low), max(high - side, low)))
+        z, y, x = origin
+        return z, y, x
 
-    def _crop(self, origin: Triple) -> tuple[Tensor, Tensor]:
-        z, y, x = (a + n for a, n in zip(origin, self._patch, strict=True))
-        box = Box(origin, (z, y, x))
-        return torch.from_numpy(self._region.read_image(box)), torch.from_numpy(self._region.read_labels(box))
+    def _crop(self, region: Region, start: Triple) -> tuple[Tensor, Tensor]:
+        inner = Box.of(self.answer).shifted(start)
+        z, y, x = (-m for m in self._margin)
+        outer = Box.of(self.patch).shifted(start).shifted((z, y, x))
+        return torch.from_numpy(region.read_image(outer)), torch.from_numpy(region.read_labels(inner))
 
-    def _warp(self, origin: Triple, grid: Tensor) -> tuple[Tensor, Tensor]:
-        centre = torch.tensor([a + (n - 1) / 2 for a, n in zip(origin, self._patch, strict=True)])
-        points = grid + centre
-        flat = points.reshape(-1, 3)
-        low = torch.floor(flat.amin(0)).to(torch.int64).tolist()
-        high = (torch.ceil(flat.amax(0)).to(torch.int64) + 1).tolist()
-        # At least one voxel of the region must be in the box that is read.
-        first, end = self._region.box.start, self._region.box.stop
-        start = [min(max(a, s), e - 1) for a, s, e in zip(low, first, end, strict=True)]
-        stop = [max(min(b, e), s + 1) for b, e, s in zip(high, end, start, strict=True)]
-        box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
-        local = points - torch.tensor(box.start, dtype=torch.float32)
-        image = take(self._region.read_image(box), local, "bilinear")
-        # One up, because 0 is what lies beyond the border.
-        labels = take((self._region.read_labels(box) - IGNORED).astype(np.float32)[None], local, "nearest")
-        return image, labels[0].round().to(torch.int64) + IGNORED
+    def _warp(self, region: Region, start: Triple, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        if geometry.points is None:
+            return self._crop(region, start)
+        # In 64 bits: far from the origin of a large volume, 32 would round to hundredths of a voxel.
+        places = geometry.points + np.array([a + (n - 1) / 2 for a, n in zip(start, self.answer, strict=True)])
+        flat = places.reshape(-1, 3)
+        low, high = [], []
+        for i, (least, most) in enumerate(zip(flat.min(axis=0), flat.max(axis=0), strict=True)):
+            # At least one voxel of the region must be in the box that is read.
+            first, end = region.box.start[i], region.box.stop[i]
+            low.append(min(max(int(np.floor(least)), first), end - 1))
+            high.append(max(min(int(np.ceil(most)) + 1, end), low[i] + 1))
+        box = Box((low[0], low[1], low[2]), (high[0], high[1], high[2]))
+        points = (places - np.array(low)).astype(np.float32)
+        image = take(region.read_image(box), points, self.patch)
+        inner = tuple(slice(m, m + side) for m, side in zip(self._margin, self.answer, strict=True))
+        along = [stretch(points[..., i : i + 1], self.patch)[..., 0][inner].numpy() for i in range(3)]
+        return image, torch.from_numpy(_look_up(region.labels.read(box)[0], along, region.ignore))
 
 
-class Prefetcher:
-    """Makes batches ahead in a thread of its own; iterate over it from step `first` on, and close it.
+class _Pool:
+    """The training regions of one volume: what a patch is drawn from."""
 
-    What goes wrong in the thread is raised where the batch is asked for. `waited`: the seconds spent waiting.
+    def __init__(self, parts: Sequence[tuple[Region, RegionIndex]]) -> None:
+        self.weight = sum(region.weight for region, _ in parts)
+        self._tiles = [(region, tile) for region, index in parts for tile in index.tiles]
+        counts = np.concatenate([index.counts for _, index in parts])
+        totals = counts.sum(axis=0).astype(np.float64)
+        foreground = np.sqrt(totals)
+        foreground[0] = 0
+        self._by_size = _cumulated(totals)
+        self._by_class = _cumulated(foreground) if foreground.any() else self._by_size
+        self._until = np.ascontiguousarray(counts.cumsum(axis=0).T)
+
+    def pick(self, rng: np.random.Generator) -> tuple[Region, Box, int]:
+        """Return a tile, its region, and a class that it holds."""
+        cls = _at(self._by_class if rng.random() < 0.5 else self._by_size, rng)
+        until = self._until[cls]
+        region, tile = self._tiles[int(np.searchsorted(until, rng.integers(until[-1]), side="right"))]
+        return region, tile, cls
+
+
+def slots_for(regions: Sequence[Region]) -> int | None:
+    """Return the number of tiles that can be worked on at a time with their neighbours in memory; None where all fit.
+
+    It depends on the data alone, so that every worker draws the same patches.
     """
+    capacity = regions[0].image.capacity
+    if sum(r.box.size * (r.image.voxel_bytes + r.labels.voxel_bytes) for r in regions) <= capacity:
+        return None
+    tile = max(int(np.prod(view.tile)) * view.voxel_bytes for r in regions for view in (r.image, r.labels))
+    return max(4, capacity // (2 * _NEIGHBOURS * tile))
 
-    def __init__(self, sampler: Sampler, size: int, first: int, depth: int = 3) -> None:
-        self.waited = 0.0
-        self._queue: queue.Queue[tuple[Tensor, Tensor] | Exception] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(sampler, size, first), name="patches", daemon=True)
-        self._thread.start()
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Return the next batch; raises what its making raised."""
-        started = time.perf_counter()
-        item = self._queue.get()
-        self.waited += time.perf_counter() - started
-        if isinstance(item, Exception):
-            raise item
-        return item
+def _cumulated(weights: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    until = np.cumsum(weights)
+    shares: NDArray[np.float64] = until / until[-1]
+    return shares
 
-    def close(self) -> None:
-        """Stop the thread and wait for its end."""
-        self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._thread.join()
 
-    def _work(self, sampler: Sampler, size: int, step: int) -> None:
-        # The patches need one core; the others belong to the network.
-        torch.set_num_threads(1)
-        while not self._stop.is_set():
-            item: Any
-            try:
-                item = sampler.batch(step, size)
-            except Exception as error:  # noqa: BLE001 - handed to the consumer, who raises it
-                item = error
-            self._queue.put(item)
-            if isinstance(item, Exception):
-                return
-            step += 1
+def _at(chances: NDArray[np.float64], rng: np.random.Generator) -> int:
+    return int(np.searchsorted(chances, rng.random(), side="right"))
+
+
+def _look_up(labels: NDArray[Any], points: Sequence[NDArray[np.float32]], ignore: int) -> NDArray[np.int64]:
+    """Return the label nearest to each place, IGNORED where unlabelled or outside; `points` has its z, y and x."""
+    inside = np.ones(points[0].shape, bool)
+    place = np.zeros(points[0].shape, np.int32)
+    for along, side in zip(points, labels.shape, strict=True):
+        nearest = np.rint(along).astype(np.int32)
+        # Below zero is far above as an unsigned number.
+        inside &= nearest.view(np.uint32) < side
+        place *= side
+        place += nearest
+    values = np.ascontiguousarray(labels).reshape(-1).take(place, mode="clip")
+    inside &= values != ignore
+    found: NDArray[np.int64] = np.where(inside, values.astype(np.int64), IGNORED)
+    return found
