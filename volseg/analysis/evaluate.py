@@ -1,24 +1,28 @@
-"""Compare a label volume with the truth, box by box: the confusion matrix and what follows from it.
+"""Compare a label volume with the truth: scores from one confusion matrix, and on request surfaces and cells.
 
-Dice, IoU, precision and recall as in Taha and Hanbury, BMC Medical Imaging 15:29 (2015), from one confusion matrix over
-all voxels, so that the result does not depend on how the volumes are cut.
+Dice (which is F1), IoU, precision and recall as in Taha and Hanbury, BMC Medical Imaging 15:29 (2015), from one
+confusion matrix over all voxels, so that the result does not depend on how the volumes are cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from volseg.analysis import intervals
+from volseg.analysis.counts import MAX_CLASSES, Slabs, box_count, count
+from volseg.analysis.rand_score import RandScore, check_slice, mean_score, rand_scores
+from volseg.analysis.surface import SurfaceScore, ruler, surface_scores
 from volseg.errors import InputError, VolumeError
-from volseg.geometry.box import Box, Triple
+from volseg.geometry.box import AXES, Box
 from volseg.storage.volume import Volume, open_volume
 
-MAX_CLASSES = 1024
-BOX_VOXELS = 2**22
-"""About this many voxels are read at once, whole chunks at least; counting takes about 20 bytes a voxel of these."""
+Json = dict[str, Any]
 
 
 def evaluate(
@@ -27,61 +31,69 @@ def evaluate(
     *,
     roi: str | None = None,
     ignore: int | None = 255,
+    slab_axis: Literal["z", "y", "x"] | None = None,
+    surface: bool | float = False,
+    rand_class: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Score a label volume against the truth and return the scores a class.
 
     Only voxels inside `roi` (z, y, x ranges such as ``0:14,:,:``) whose truth is not `ignore` count. ``classes`` has an
     entry for each class that has a name or a voxel; a class in neither volume has null scores and is left out of
-    ``mean_foreground_dice``, which leaves out class 0, too. ``confusion[i][j]`` counts the voxels of true class
-    ``classes[i]`` that were predicted as ``classes[j]``. `progress` is called with the boxes done and their number.
+    ``mean_foreground_dice``, which leaves out class 0, too. ``f1`` is ``dice`` under its other name,
+    ``balanced_accuracy`` the mean recall of the classes that the truth holds. ``confusion[i][j]`` counts the voxels of
+    true class ``classes[i]`` that were predicted as ``classes[j]``. `progress` is called with the steps done and their
+    number.
+
+    The region is cut across `slab_axis` (default: its longest axis) into ten slabs; ``slab_dice`` is the Dice in each,
+    ``dice_interval`` a 95 % interval by a jackknife over them (`volseg.analysis.intervals`), null where fewer than
+    three slabs hold the class.
+
+    `surface` adds the surface distances of each class above 0 in the unit of the voxel size
+    (`volseg.analysis.surface`); a number is the tolerance of the surface Dice, True takes the shortest side of a voxel.
+    `rand_class`, the class of the membranes, adds ``rand``: the Rand score of ISBI 2012 over the slices across z
+    (`volseg.analysis.rand_score`). Both need scipy, the latter scikit-image, too. Memory does not grow with the region,
+    except by the faces of the surfaces and by one slice for `rand_class`, both of which are limited.
 
     Raises VolumeError where the volumes are no label volumes of one shape or the prediction is unfinished, InputError
-    where nothing in the region is labelled, CorruptChunkError where a stored chunk is damaged.
+    where nothing in the region is labelled, an option is wrong or a limit is exceeded, CorruptChunkError where a stored
+    chunk is damaged.
     """
-    prediction, truth = open_labels(prediction_uri), open_labels(truth_uri)
-    if prediction.shape != truth.shape:
-        raise VolumeError(
-            f"{prediction_uri} has shape {prediction.shape}, {truth_uri} has {truth.shape}: they must be equal; "
-            "nothing was scored: name the truth of this very volume"
-        )
-    region = Box.parse(roi or ":,:,:", truth.shape)
-    _check_covered(prediction, region)
-    confusion, ignored, absent = _count(prediction, truth, region, ignore, progress)
-    if not confusion.any():
+    measured = surface is not False
+    prediction, truth, region = _open(prediction_uri, truth_uri, roi)
+    measures = ruler(prediction, truth, None if surface is True else float(surface)) if measured else None
+    _check_options(region, slab_axis, measured, rand_class)
+    slabs = Slabs.cut(region, None if slab_axis is None else AXES.index(slab_axis), intervals.MOST_SLABS)
+    steps = box_count(truth, region) * (1 + measured) + (region.shape[0] if rand_class is not None else 0)
+    tick = _Ticks(steps, progress)
+    counts = count(prediction, truth, region, ignore, slabs, tick)
+    if not counts.confusion.any():
         raise InputError(
-            f"no voxel of {truth_uri} in region {region} is labelled (all {ignored} are {ignore}); nothing was scored: "
-            "choose a region with labels"
+            f"no voxel of {truth_uri} in region {region} is labelled (all {counts.ignored} are {ignore}); nothing was "
+            "scored: choose a region with labels"
         )
+    surfaces = surface_scores(prediction, truth, region, ignore, measures, tick) if measures else None
     names = [volume.class_names or () for volume in (truth, prediction)]
-    known = max(len(confusion), *(len(n) for n in names))
-    table = np.zeros((known, known), np.int64)
-    table[: len(confusion), : len(confusion)] = confusion
-    present = table.sum(axis=0) + table.sum(axis=1) > 0
-    ids = [i for i in range(known) if i == 0 or present[i] or any(i < len(n) for n in names)]
-    classes = [score(table, i) | {"id": i, "name": _name(i, names)} for i in ids]
-    dice = [c["dice"] for c in classes if c["id"] > 0 and c["dice"] is not None]
-    return {
-        "prediction": prediction.uri,
-        "truth": truth.uri,
-        "region": str(region),
-        "classes": [{"id": c.pop("id"), "name": c.pop("name"), **c} for c in classes],
-        "mean_foreground_dice": float(np.mean(dice)) if dice else None,
-        "accuracy": float(np.trace(table) / table.sum()),
-        "voxels": int(table.sum()),
-        "ignored": ignored,
-        "absent_chunks": absent,
-        "confusion": table[np.ix_(ids, ids)].tolist(),
-    }
+    result: Json = {"prediction": prediction.uri, "truth": truth.uri, "region": str(region)}
+    result |= _scores(counts.confusion, names, counts.slabs, surfaces)
+    result |= {"ignored": counts.ignored, "absent_chunks": counts.absent}
+    result["slabs"] = {"axis": AXES[slabs.axis], "edges": list(slabs.edges), "level": intervals.LEVEL}
+    if measures is not None:
+        result["surface"] = {"voxel_size": measures.sizes, "unit": measures.unit, "tolerance": measures.tolerance}
+    if rand_class is not None:
+        result["rand"] = _rand(rand_class, rand_scores(prediction, truth, region, rand_class, ignore, tick))
+    return result
 
 
-def score(confusion: NDArray[np.int64], label: int) -> dict[str, Any]:
+def score(confusion: NDArray[np.int64], label: int) -> Json:
     """Return the scores of one class from a confusion matrix (truth, prediction); null where they are undefined."""
     both = int(confusion[label, label])
     true, predicted = int(confusion[label].sum()), int(confusion[:, label].sum())
     some = true + predicted > 0
+    dice = 2 * both / (true + predicted) if some else None
     return {
-        "dice": 2 * both / (true + predicted) if some else None,
+        "dice": dice,
+        "f1": dice,
         "iou": both / (true + predicted - both) if some else None,
         "precision": both / predicted if predicted else None,
         "recall": both / true if true else None,
@@ -97,6 +109,90 @@ def open_labels(uri: str) -> Volume:
         held = f"{volume.dtype}" if volume.channels is None else f"{volume.channels} channels"
         raise VolumeError(f"{uri} holds {held}, labels are one integer a voxel; nothing was done: name a label volume")
     return volume
+
+
+def _open(prediction_uri: str, truth_uri: str, roi: str | None) -> tuple[Volume, Volume, Box]:
+    """Open both volumes and read the region; raises VolumeError where they cannot be compared."""
+    prediction, truth = open_labels(prediction_uri), open_labels(truth_uri)
+    if prediction.shape != truth.shape:
+        raise VolumeError(
+            f"{prediction_uri} has shape {prediction.shape}, {truth_uri} has {truth.shape}: they must be equal; "
+            "nothing was scored: name the truth of this very volume"
+        )
+    region = Box.parse(roi or ":,:,:", truth.shape)
+    _check_covered(prediction, region)
+    return prediction, truth, region
+
+
+class _Ticks:
+    """Counts the steps of all passes for one progress report."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _scores(
+    confusion: NDArray[np.int64],
+    names: Sequence[Sequence[str]],
+    slabs: NDArray[np.int64],
+    surfaces: dict[int, SurfaceScore] | None,
+) -> Json:
+    known = max(len(confusion), *(len(n) for n in names))
+    table = np.zeros((known, known), np.int64)
+    table[: len(confusion), : len(confusion)] = confusion
+    present = table.sum(axis=0) + table.sum(axis=1) > 0
+    ids = [i for i in range(known) if i == 0 or present[i] or any(i < len(n) for n in names)]
+    foreground = [i for i in ids if i > 0 and present[i]]
+    each, mean = intervals.dice_intervals(slabs, ids, foreground)
+    classes = []
+    for i in ids:
+        entry: Json = {"id": i, "name": _name(i, names), **score(table, i)}
+        entry |= {"dice_interval": each[i], "slab_dice": intervals.slab_dice(slabs, i)}
+        if surfaces is not None:
+            entry["surface"] = asdict(surfaces.get(i, SurfaceScore(None, None, None)))
+        classes.append(entry)
+    dice = [c["dice"] for c in classes if c["id"] in foreground]
+    recalls = [c["recall"] for c in classes if c["recall"] is not None]
+    return {
+        "classes": classes,
+        "mean_foreground_dice": float(np.mean(dice)) if dice else None,
+        "mean_foreground_dice_interval": mean,
+        "accuracy": float(np.trace(table) / table.sum()),
+        "balanced_accuracy": float(np.mean(recalls)),
+        "voxels": int(table.sum()),
+        "confusion": table[np.ix_(ids, ids)].tolist(),
+    }
+
+
+def _rand(rand_class: int, slices: list[RandScore | None]) -> Json:
+    mean = mean_score(slices)
+    means = asdict(mean) if mean else dict.fromkeys(("score", "split", "merge"))
+    return {"class": rand_class, **means, "slices": [s.score if s else None for s in slices]}
+
+
+def _check_options(region: Box, slab_axis: str | None, surface: bool, rand_class: int | None) -> None:
+    """Refuse wrong options, and measures whose packages are not installed, before anything is read."""
+    if slab_axis is not None and slab_axis not in AXES:
+        raise InputError(f"slab axis {slab_axis!r} is none of z, y, x; nothing was scored: choose one of them")
+    if rand_class is not None:
+        if not 0 <= rand_class < MAX_CLASSES:
+            raise InputError(
+                f"the class {rand_class} of the membranes is not in 0 to {MAX_CLASSES - 1}; nothing was scored: give "
+                "the label of the membranes"
+            )
+        check_slice(region)
+    wanted = {"scipy": surface or rand_class is not None, "skimage": rand_class is not None}
+    for package, needed in wanted.items():
+        if needed and find_spec(package) is None:
+            raise InputError(
+                f"{'surface distances need' if surface else 'the Rand score needs'} the package {package}, which is "
+                "not installed; nothing was scored: pip install 'volseg[metrics]'"
+            )
 
 
 def _check_covered(prediction: Volume, region: Box) -> None:
@@ -115,63 +211,6 @@ def _check_covered(prediction: Volume, region: Box) -> None:
                 f"{prediction.uri} covers region {covered} only, not all of {region}; nothing was scored: add "
                 f"--roi {covered} or a part of it"
             )
-
-
-def _count(
-    prediction: Volume, truth: Volume, region: Box, ignore: int | None, progress: Callable[[int, int], None] | None
-) -> tuple[NDArray[np.int64], int, int]:
-    """Return the confusion matrix (truth, prediction), the ignored voxels, and the absent chunks of both volumes."""
-    tile = _tile(truth)
-    total = int(
-        np.prod([-(-b // t) - a // t for a, b, t in zip(region.start, region.stop, tile, strict=True)], dtype=np.int64)
-    )
-    confusion = np.zeros((1, 1), np.int64)
-    ignored = absent = 0
-    for done, box in enumerate(region.tiles(tile), start=1):
-        true, predicted = (volume.read(box).reshape(-1) for volume in (truth, prediction))
-        absent += sum(v.absent_chunks(box, box, region) for v in (truth, prediction) if not v.all_written)
-        if ignore is not None:
-            counted = true != ignore
-            if not counted.all():
-                true, predicted = true[counted], predicted[counted]
-                ignored += box.size - true.size
-        for start in range(0, true.size, BOX_VOXELS):
-            part = slice(start, start + BOX_VOXELS)
-            confusion = _add(confusion, true[part], predicted[part], (truth.uri, prediction.uri))
-        if progress is not None:
-            progress(done, total)
-    return confusion, ignored, absent
-
-
-def _add(
-    confusion: NDArray[np.int64], true: NDArray[Any], predicted: NDArray[Any], uris: tuple[str, str]
-) -> NDArray[np.int64]:
-    for labels, uri in zip((true, predicted), uris, strict=True):
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= MAX_CLASSES:
-            raise VolumeError(
-                f"{uri} holds label {low if low < 0 else high}: classes are 0 to {MAX_CLASSES - 1}; nothing was "
-                "scored: name a volume of classes, not of numbered objects"
-            )
-    size = max(int(true.max()), int(predicted.max())) + 1
-    counts = np.bincount(true.astype(np.int64) * size + predicted.astype(np.int64), minlength=size * size).reshape(
-        size, size
-    )
-    if size <= len(confusion):
-        confusion[:size, :size] += counts
-        return confusion
-    counts[: len(confusion), : len(confusion)] += confusion
-    return counts
-
-
-def _tile(volume: Volume) -> Triple:
-    """Return boxes of whole chunks, as large as fits and at most one stored object."""
-    tile = list(volume.chunks)
-    for axis in (2, 1, 0):
-        room = max(1, BOX_VOXELS // int(np.prod(tile, dtype=np.int64)))
-        tile[axis] *= min(room, volume.storage_tile[axis] // volume.chunks[axis])
-    z, y, x = tile
-    return z, y, x
 
 
 def _name(label: int, names: Sequence[Sequence[str]]) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from volseg.analysis.canvas import Legend, Panel, draw
 from volseg.analysis.evaluate import open_labels
 from volseg.errors import InputError, VolumeError
 from volseg.geometry.box import AXES, Box, Triple
+from volseg.pictures.parts import blend, grey_window, png_bytes, resize, resize_labels, to_bytes
 from volseg.storage import files, ome
 from volseg.storage.volume import Volume, open_volume
 
@@ -22,7 +20,6 @@ PICTURE_PIXELS = 900
 MAX_VOXEL_PIXELS = 16
 MIN_SIDE_PIXELS = 48
 TILE = 1024
-ALPHA = 0.5
 UNLABELLED = 255
 
 
@@ -56,17 +53,17 @@ def overlay(image_uri: str, labels_uri: str, out_png: str, *, position: Triple |
     normals = [axis for axis in range(3) if axis == 0 or min(image.shape[0], image.shape[3 - axis]) > 1]
     greys = {axis: _plane(image, axis, (z, y, x), scale) for axis in normals}
     classes = {axis: _plane(labels, axis, (z, y, x), scale) for axis in normals}
-    low, high = _window(list(greys.values()))
+    low, high = grey_window(list(greys.values()))
     legend = _legend(labels, list(classes.values()))
     colours = {entry.label: entry.colour for entry in legend}
     panels = {}
     for axis in normals:
-        grey = _resize(_to_bytes(greys[axis], low, high), _size(axis, scale), smooth=True)
-        mask = _resize_labels(classes[axis], _size(axis, scale))
-        panels[axis] = Panel(grey=grey, coloured=_blend(grey, mask, colours), title=_title(axis, (z, y, x), scale))
+        grey = resize(to_bytes(greys[axis], low, high), _size(axis, scale))
+        mask = resize_labels(classes[axis], _size(axis, scale))
+        panels[axis] = Panel(grey=grey, coloured=blend(grey, mask, colours), title=_title(axis, (z, y, x), scale))
     voxel_size, unit = (image.voxel_size, image.unit) if image.voxel_size else (labels.voxel_size, labels.unit)
     pixel = voxel_size[2] * image.shape[2] / scale.pixels[2] if voxel_size else None
-    _save(draw(panels, legend, pixel, unit), out_png)
+    files.write_bytes(out_png, png_bytes(draw(panels, legend, pixel, unit)))
     return {
         "picture": files.absolute(out_png),
         "position": [z, y, x],
@@ -117,19 +114,6 @@ def _plane(volume: Volume, normal: int, position: Triple, scale: Scale) -> NDArr
     return flat.T if normal == 2 else flat
 
 
-def _window(planes: list[NDArray[Any]]) -> tuple[float, float]:
-    values = np.concatenate([p[np.isfinite(p)] for p in planes]) if planes else np.zeros(0)
-    if not values.size:
-        return 0.0, 1.0
-    low, high = (float(v) for v in np.percentile(values.astype(np.float64), (0.5, 99.5)))
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
-
-
-def _to_bytes(plane: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    values = np.nan_to_num(plane.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return (255 * np.clip((values - low) / (high - low), 0, 1)).round().astype(np.uint8)
-
-
 def _legend(labels: Volume, planes: list[NDArray[Any]]) -> list[Legend]:
     """List the classes that the planes hold or that have a name: label, name, colour, share of the planes' voxels."""
     values, counts = np.unique(np.concatenate([p.reshape(-1) for p in planes]), return_counts=True)
@@ -146,29 +130,6 @@ def _legend(labels: Volume, planes: list[NDArray[Any]]) -> list[Legend]:
     return entries
 
 
-def _blend(grey: NDArray[np.uint8], mask: NDArray[Any], colours: Mapping[int, Any]) -> NDArray[np.uint8]:
-    result = np.repeat(grey[..., None], 3, axis=2).astype(np.float32)
-    for label in np.unique(mask):
-        colour = colours.get(int(label))
-        if colour is not None:
-            where = mask == label
-            result[where] = (1 - ALPHA) * result[where] + ALPHA * np.array(colour, np.float32)
-    return result.round().astype(np.uint8)
-
-
-def _resize(plane: NDArray[np.uint8], size: tuple[int, int], smooth: bool) -> NDArray[np.uint8]:
-    """Return the plane with `size` (rows, columns): voxels as blocks where it grows, their mean where it shrinks."""
-    shrinks = size[0] < plane.shape[0] or size[1] < plane.shape[1]
-    method = Image.Resampling.BOX if smooth and shrinks else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize((size[1], size[0]), method))
-
-
-def _resize_labels(plane: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    rows, columns = ((np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(size, plane.shape, strict=True))
-    resized: NDArray[Any] = plane[np.ix_(rows, columns)]
-    return resized
-
-
 def _size(normal: int, scale: Scale) -> tuple[int, int]:
     z, y, x = scale.pixels
     return {0: (y, x), 1: (z, x), 2: (y, z)}[normal]
@@ -179,9 +140,3 @@ def _title(normal: int, position: Triple, scale: Scale) -> str:
     shown = [axis for axis in scale.stretched if axis != normal]
     notes = "".join(f" ({AXES[axis]} x{scale.stretched[axis]:.1f})" for axis in shown)
     return f"{name} at {AXES[normal]} = {position[normal]}{notes}"
-
-
-def _save(picture: Image.Image, out_png: str) -> None:
-    content = BytesIO()
-    picture.save(content, format="PNG", optimize=True)
-    files.write_bytes(out_png, content.getvalue())
