@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volseg.cli import show
 from volseg.cli.options import read_spec
 from volseg.cli.progress import ProgressLine, quantity
 from volseg.errors import InputError, JobError
-from volseg.spec import SegmentSpec, TrainSpec, parse_floats, parse_triple
+from volseg.recipes import load_recipe, recipe_names, resolve
+from volseg.spec import BenchSpec, SegmentSpec, TrainSpec, parse_floats, parse_triple
+
+if TYPE_CHECKING:
+    from volseg.execution.driver import Tally
 
 Result = tuple[dict[str, Any], str, int]
 """The JSON document, the text for people, the exit code."""
@@ -24,9 +28,9 @@ def run_import(arguments: argparse.Namespace) -> Result:
     with ProgressLine("import", "slices") as line:
         result = import_volume(
             arguments.source, arguments.destination, voxel_size=parse_floats(arguments.voxel_size, "--voxel-size"),
-            unit=arguments.unit, chunks=_triple(arguments.chunks, "--chunks"),
-            shards=_triple(arguments.shards, "--shards"), labels=arguments.labels,
-            class_names=_names(arguments.classes), overwrite=arguments.overwrite, progress=line.update,
+            unit=arguments.unit, chunks=parse_sides(arguments.chunks, "--chunks"),
+            shards=parse_sides(arguments.shards, "--shards"), labels=arguments.labels,
+            class_names=parse_names(arguments.classes), overwrite=arguments.overwrite, progress=line.update,
         )  # fmt: skip
     return result, show.imported(result), 0
 
@@ -41,12 +45,24 @@ def run_info(arguments: argparse.Namespace) -> Result:
 
 def run_train(arguments: argparse.Namespace) -> Result:
     """`volseg train`."""
-    spec = read_spec(arguments, TrainSpec)
-    from volseg.training.train import train
+    from volseg import api
 
+    spec = read_spec(arguments, TrainSpec, resolve)
+    if arguments.preview is not None:
+        result = api.preview(spec, arguments.preview)
+        return result, f"wrote {result['picture']}; nothing was trained", 0
     with ProgressLine("train", "steps") as line:
-        result = train(spec, progress=show.TrainingLine(line), note=line.note).as_dict()
+        result = api.run_train(spec, show.TrainingLine(line), trace=line.note)
     return result, show.trained(result), 0
+
+
+def run_recipes(arguments: argparse.Namespace) -> Result:
+    """`volseg recipes`."""
+    if arguments.name is None:
+        recipes = [load_recipe(name) for name in recipe_names()]
+        return {"recipes": [recipe.model_dump() for recipe in recipes]}, show.recipes(recipes), 0
+    recipe = load_recipe(arguments.name)
+    return recipe.model_dump(), show.recipe(recipe), 0
 
 
 def run_plan(arguments: argparse.Namespace) -> Result:
@@ -65,17 +81,36 @@ def run_segment(arguments: argparse.Namespace) -> Result:
     started = time.monotonic()
     with ProgressLine("segment", "blocks") as line:
 
-        def report(tally: Any) -> None:
+        def report(tally: Tally) -> None:
             seconds = max(time.monotonic() - started, 1e-9)
             extra = f"{quantity(tally.voxels / seconds, 'voxel/s')}, {tally.workers} worker(s)"
             if tally.failed:
                 extra += f", {len(tally.failed)} set aside"
-            line.update(tally.done, tally.total, extra)
+            line.update(tally.done, tally.total, extra, **facts_of(tally))
 
-        result = api.run_segment(spec, report, line.note)
+        result = api.run_segment(spec, report, trace=line.note)
     if result["status"] == "partial":
         return result, api.partial_message(result), 3
     return result, show.segmented(result), 0
+
+
+def run_bench(arguments: argparse.Namespace) -> Result:
+    """`volseg bench`."""
+    from volseg import api
+
+    with ProgressLine("bench", "blocks") as line:
+        result = api.run_bench(
+            read_spec(arguments, BenchSpec), lambda tally: line.update(tally.done, tally.total), line.note
+        )
+    return result, show.measured(result), 0
+
+
+def facts_of(tally: Tally) -> dict[str, Any]:
+    """Return what a progress event of a segmentation says beside its counts."""
+    return {
+        "computed": tally.computed, "resumed": tally.resumed,
+        "failed": len(tally.failed), "retried": tally.retried, "workers": tally.workers, "voxels": tally.voxels,
+    }  # fmt: skip
 
 
 def run_verify(arguments: argparse.Namespace) -> Result:
@@ -91,10 +126,12 @@ def run_evaluate(arguments: argparse.Namespace) -> Result:
     """`volseg evaluate`."""
     from volseg.analysis.evaluate import evaluate
 
-    with ProgressLine("evaluate", "boxes") as line:
+    with ProgressLine("evaluate", "steps") as line:
         result = evaluate(
-            arguments.prediction, arguments.truth, roi=arguments.roi, ignore=arguments.ignore, progress=line.update
-        )
+            arguments.prediction, arguments.truth, roi=arguments.roi, ignore=arguments.ignore,
+            slab_axis=arguments.slab_axis, surface=arguments.surface, rand_class=arguments.rand_class,
+            progress=line.update,
+        )  # fmt: skip
     return result, show.evaluated(result), 0
 
 
@@ -102,7 +139,7 @@ def run_overlay(arguments: argparse.Namespace) -> Result:
     """`volseg overlay`."""
     from volseg.analysis.overlay import overlay
 
-    result = overlay(arguments.image, arguments.labels, arguments.out, position=_triple(arguments.at, "--at"))
+    result = overlay(arguments.image, arguments.labels, arguments.out, position=parse_sides(arguments.at, "--at"))
     return result, f"wrote {result['picture']}", 0
 
 
@@ -122,7 +159,8 @@ def run_demo(arguments: argparse.Namespace) -> Result:
     return result, run.summary(result), 0
 
 
-def _triple(text: str | None, option: str) -> tuple[int, int, int] | None:
+def parse_sides(text: str | None, option: str) -> tuple[int, int, int] | None:
+    """Turn the text of `option` into (z, y, x); raises InputError."""
     if text is None:
         return None
     try:
@@ -134,5 +172,6 @@ def _triple(text: str | None, option: str) -> tuple[int, int, int] | None:
     return int(z), int(y), int(x)
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
+def parse_names(text: str | None) -> tuple[str, ...] | None:
+    """Cut a list at its commas."""
     return tuple(name.strip() for name in text.split(",")) if text else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -39,41 +40,61 @@ def parse(parser: Parser, commands: dict[str, Parser], words: Sequence[str] | No
     return arguments
 
 
-def add_spec_options(parser: Parser, model: type[Spec], positional: Sequence[str] = ()) -> None:
-    """Add one option a field of `model`; `positional` ones come first and may come from the spec file instead."""
+def add_spec_options(
+    parser: Parser, model: type[Spec], positional: Sequence[str] = (), *, file_first: bool = False
+) -> None:
+    """Add one option a field of `model`, dotted ones for groups; `positional` ones may come from the file instead.
+
+    With `file_first` the spec file is the first argument, otherwise it is --spec.
+    """
     for name in positional:
-        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, metavar=name.upper(), help=_help(model, name))
-    for name, field in model.model_fields.items():
-        if name in positional:
-            continue
-        flag = "--" + name.replace("_", "-")
-        if field.annotation is bool:
-            parser.add_argument(
-                flag,
-                dest=name,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=_help(model, name),
-            )
-        else:
-            parser.add_argument(
-                flag, dest=name, default=argparse.SUPPRESS, metavar=_metavar(field), help=_help(model, name)
-            )
-    parser.add_argument(
-        "--spec",
-        metavar="FILE",
-        help="YAML file with any of these options, underscores in their names; flags win over it",
-    )
+        parser.add_argument(
+            name, nargs="?", default=argparse.SUPPRESS, metavar=name.upper(), help=_help(model.model_fields[name])
+        )
+    _add_fields(parser, model, "", positional)
+    text = "YAML file with any of these options, underscores in their names; flags win over it"
+    if file_first:
+        parser.add_argument("spec", nargs="?", metavar="SPEC.yaml", help=text)
+    else:
+        parser.add_argument("--spec", metavar="FILE", help=text)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
         help="set one field of the spec, as YAML; may be given several times and wins over everything",
     )  # fmt: skip
 
 
-def read_spec(arguments: argparse.Namespace, model: type[SpecT]) -> SpecT:
-    """Merge file, flags and assignments into a checked spec; raises SpecError."""
-    values = _load_yaml(arguments.spec) if arguments.spec else {}
-    values |= {name: value for name, value in vars(arguments).items() if name in model.model_fields}
+def _add_fields(parser: Parser, model: type[Spec], prefix: str, without: Sequence[str] = ()) -> None:
+    section: argparse.ArgumentParser | argparse._ArgumentGroup = parser
+    for name, field in model.model_fields.items():
+        if name in model.sections:
+            section = parser.add_argument_group(model.sections[name])
+        group = group_of(field)
+        if group is not None:
+            _add_fields(parser, group, f"{prefix}{name}.")
+        elif name not in without and get_origin(field.annotation) is not dict:
+            flag, dest, text = "--" + (prefix + name).replace("_", "-"), prefix + name, _help(field)
+            if field.annotation is bool:
+                section.add_argument(
+                    flag, dest=dest, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+                )
+            else:
+                section.add_argument(flag, dest=dest, default=argparse.SUPPRESS, metavar=_metavar(field), help=text)
+
+
+def group_of(field: FieldInfo) -> type[Spec] | None:
+    """Return the model of a field that is a group of options, None for a plain option."""
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Spec) else None
+
+
+def read_spec(
+    arguments: argparse.Namespace, model: type[SpecT], read: Callable[[dict[str, Any]], SpecT] | None = None
+) -> SpecT:
+    """Merge file, flags and assignments into a checked spec, by `read` instead of `model.read`; raises SpecError."""
+    values = load_yaml(arguments.spec) if arguments.spec else {}
+    for name, value in vars(arguments).items():
+        if name.split(".")[0] in model.model_fields:
+            _assign(values, name.split("."), value)
     for text in arguments.assignments:
         key, sign, value = text.partition("=")
         if not sign:
@@ -82,12 +103,29 @@ def read_spec(arguments: argparse.Namespace, model: type[SpecT]) -> SpecT:
     missing = [name for name, field in model.model_fields.items() if field.is_required() and name not in values]
     if missing:
         raise SpecError(f"{', '.join(m.upper() for m in missing)} must be given, as an argument or in the spec file")
-    return model.read(values)
+    return (read or model.read)(values)
 
 
-def _load_yaml(path: str) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML whose whole numbers are those of JSON: 1:4 and 0:14 are text, not sums of sixties."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag not in {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Return the options in a YAML file; raises SpecError where it cannot be read or holds something else."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise SpecError(f"spec {path} cannot be read ({error.strerror}); nothing was done: check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -103,7 +141,7 @@ def _load_yaml(path: str) -> dict[str, Any]:
 
 def _parse_value(text: str, value: str) -> Any:
     try:
-        found = yaml.safe_load(value)
+        found = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise SpecError(f"--set {text!r}: the value is no YAML: quote it") from None
     # To YAML, a region such as 0:14,:,: is a group with a key that ends before the last colon.
@@ -119,11 +157,13 @@ def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _help(model: type[Spec], name: str) -> str:
-    field = model.model_fields[name]
+def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if field.default is not None and not field.is_required() and field.annotation is not bool:
-        text += f" [default: {field.default}]"
+        shown = field.default
+        if isinstance(shown, tuple):
+            shown = ",".join(map(str, shown)) if all(isinstance(part, int) for part in shown) else ";".join(shown)
+        text += f" [default: {shown}]"
     return text.replace("%", "%%")
 
 
@@ -133,7 +173,8 @@ def _metavar(field: FieldInfo) -> str:
         if str(get_origin(option)) == "typing.Literal":
             choices += [str(choice) for choice in get_args(option)]
         elif get_origin(option) is tuple:
-            return "LIST" if Ellipsis in get_args(option) else "Z,Y,X"
+            inner = get_args(option)
+            return "LIST" if Ellipsis in inner else "Z,Y,X" if len(inner) == 3 else "N"
         elif option in {int, float}:
             return "N" if option is int else "F"
     return "{" + ",".join(choices) + "}" if choices else "TEXT"

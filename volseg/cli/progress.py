@@ -1,10 +1,10 @@
-"""Progress on stderr: bars on a terminal, plain lines elsewhere, so that stdout stays free for the result."""
+"""Progress on stderr: bars on a terminal, lines or events elsewhere, so that stdout stays free for the result."""
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from volseg.cli.log import current
+from volseg.journal import Fact, Line
+
 _PLAIN_SECONDS = 10.0
 
 
@@ -26,16 +29,18 @@ class ProgressLine:
 
     def __init__(self, title: str, unit: str = "") -> None:
         self._title, self._unit = title, unit
+        self._log = current()
         self._console = Console(stderr=True)
         self._rich: Progress | None = None
         self._task: TaskID | None = None
         self._started = self._printed = time.monotonic()
         self._last = ""
         self._before: int | None = None
+        self._job: dict[str, Any] = {}
 
     def __enter__(self) -> ProgressLine:
-        """Show the bar."""
-        if self._console.is_terminal:
+        """Show the bar, where a person watches."""
+        if self._console.is_terminal and not self._log.json:
             self._rich = Progress(
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[extra]}"), TimeElapsedColumn(),
@@ -45,8 +50,11 @@ class ProgressLine:
             self._task = self._rich.add_task(self._title, total=None, extra="", unit=self._unit)
         return self
 
-    def update(self, done: int, total: int, extra: str = "", unit: str | None = None) -> None:
-        """Show that `done` of `total` is reached; `unit` replaces the one given at the start."""
+    def update(self, done: int, total: int, extra: str = "", unit: str | None = None, **facts: Fact) -> None:
+        """Show that `done` of `total` is reached; `unit` replaces the one given at the start.
+
+        `facts` are for machines: an event with them is written every ten seconds, and one at the end.
+        """
         self._unit = self._unit if unit is None else unit
         if self._rich is not None and self._task is not None:
             self._rich.update(self._task, completed=done, total=total, extra=extra, unit=self._unit)
@@ -59,18 +67,26 @@ class ProgressLine:
             return
         elapsed = now - self._started
         fresh = done - self._before
-        left = f", about {clock(elapsed / fresh * (total - done))} left" if fresh and not ended else ""
+        left = elapsed / fresh * (total - done) if fresh and not ended else None
         line = ", ".join(filter(None, [f"{self._title}: {done}/{total} {self._unit}".rstrip(), extra]))
         if line != self._last:
-            print(f"{line}, {clock(elapsed)}{left}", file=sys.stderr, flush=True)
             self._printed, self._last = now, line
+            plan = f", about {clock(left)} left" if left is not None else ""
+            told: dict[str, Any] = {
+                **self._job, **facts, "task": self._title, "done": done, "total": total, "unit": self._unit,
+                "elapsed_seconds": round(elapsed, 3), "seconds_left": None if left is None else round(left, 3),
+            }  # fmt: skip
+            self._log.write(Line(f"{line}, {clock(elapsed)}{plan}", "progress", **told))
 
     def note(self, text: str) -> None:
-        """Print a line worth keeping above the bar."""
-        if self._rich is not None:
-            self._rich.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        """Write a line, or an event, worth keeping above the bar."""
+        line = Line.of(text)
+        if line.event == "job started":
+            self._job = {name: line.facts.get(name) for name in ("job", "attempt", "batch") if name in line.facts}
+        if self._rich is None:
+            self._log.write(line)
+        elif self._log.wants(line):
+            self._rich.console.print(line.as_text(), highlight=False, markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
