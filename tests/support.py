@@ -24,10 +24,9 @@ from volseg import api
 from volseg.geometry import Triple
 from volseg.intensity import Scaling
 from volseg.models.bundle import save_bundle
-from volseg.models.config import UNetConfig
+from volseg.models.graph import Graph
 from volseg.models.manifest import BundleManifest, ClassInfo
-from volseg.models.registry import build
-from volseg.models.unet import UNet
+from volseg.models.registry import build, make_config
 from volseg.spec import SegmentSpec
 
 # Two cores are all there is: more threads would only wait for each other.
@@ -68,40 +67,54 @@ def store(path: Path, data: NDArray[Any], dtype: str | None = "uint8", **options
 
 
 def make_bundle(
-    path: Path, *, dims: int = 3, classes: int = 3, patch: Triple = (16, 16, 16), widths: Sequence[int] = (4, 8),
-    channels: int = 1, seed: int = 0, scaling: Scaling | None = None, axis: str = "z", **network: Any,
+    path: Path, *, dims: int = 3, classes: int = 3, patch: Triple = (16, 16, 16), channels: int = 1, seed: int = 0,
+    scaling: Scaling | None = None, axis: str = "z", members: int = 1, class_bias: Sequence[float] | None = None,
+    sigmoid: bool | None = None, architecture: str = "unet", **network: Any,
 ) -> str:  # fmt: skip
-    """Write a bundle with random weights, tuned so that every class wins somewhere, and return its path."""
+    """Write a bundle with random weights, tuned so that every class wins somewhere, and return its path.
+
+    `network` are further arguments of the architecture; `members` networks with weights of their own make an ensemble.
+    """
     torch.manual_seed(seed)
-    outputs = 1 if classes == 2 else classes
-    arguments = {"dims": dims, "in_channels": channels, "widths": tuple(widths), "out_channels": outputs, **network}
-    config = UNetConfig.model_validate(arguments)
-    net = build("unet", config).eval()
-    _balance(net, channels, dims)
+    sigmoid = classes == 2 if sigmoid is None else sigmoid
+    if architecture == "unet":
+        network.setdefault("widths", (4, 8))
+    arguments = {"dims": dims, "in_channels": channels, "out_channels": 1 if sigmoid else classes, **network}
+    config = make_config(architecture, arguments)
+    networks = [build(architecture, config).eval() for _ in range(members)]
+    for net in networks:
+        _balance(net)
     manifest = BundleManifest.model_validate({
-        "architecture": "unet",
+        "architecture": architecture,
         "arguments": config.model_dump(mode="json"),
         "classes": [ClassInfo(id=i, name=f"class {i}", color=f"#{i * 40 % 256:02x}8040") for i in range(classes)],
-        "activation": "sigmoid" if classes == 2 else "softmax",
-        "threshold": 0.5 if classes == 2 else None,
+        "activation": "sigmoid" if sigmoid else "softmax",
+        "threshold": 0.5 if sigmoid else None,
+        "class_bias": class_bias,
         "scaling": scaling or Scaling(low=(0,) * channels, high=(255,) * channels, mean=(120,) * channels,
                                       std=(50,) * channels),
         "patch": patch, "axis": axis, "voxel_size": (0.5, 0.5, 0.5), "unit": "micrometer",
     })  # fmt: skip
-    save_bundle(str(path), net, manifest)
+    save_bundle(str(path), networks, manifest)
     return str(path)
 
 
-def _balance(net: torch.nn.Module, channels: int, dims: int) -> None:
-    assert isinstance(net, UNet)
-    sample = torch.from_numpy((smooth((16, 32, 32), seed=99) - 120) / 50)
-    x = sample.expand(1, channels, *sample.shape) if dims == 3 else sample[:, None].expand(-1, channels, -1, -1)
+def _balance(net: torch.nn.Module) -> None:
+    """Change the last layer so that the classes' logits spread alike around zero, each winning somewhere."""
+    assert isinstance(net, Graph)
+    config = net.config
+    sides = config.fit((16, 32, 32) if config.dims == 3 else (1, 64, 64), up=True)
+    sample = torch.from_numpy((smooth(sides, seed=99) - 120) / 50)
+    x = sample.expand(1, config.in_channels, *sides) if config.dims == 3 else sample.expand(config.in_channels, *sides)
     with torch.inference_mode():
-        logits = net(x).transpose(0, 1).flatten(1)
+        logits = net(x if config.dims == 3 else x.transpose(0, 1)).transpose(0, 1).flatten(1)
     spread, centre = logits.std(dim=1), logits.median(dim=1).values
-    weight, bias = net.head.get_parameter("weight"), net.head.get_parameter("bias")
+    last = net.get_submodule(f"{config.program.answers[0]}.conv")
+    weight, bias = last.get_parameter("weight"), last.get_parameter("bias")
     with torch.no_grad():
-        weight.mul_((2 / spread).view(-1, *[1] * (weight.ndim - 1)))
+        # A transposed convolution has its outputs second.
+        outputs = weight if isinstance(last, torch.nn.Conv2d | torch.nn.Conv3d) else weight.transpose(0, 1)
+        outputs.mul_((2 / spread).view(-1, *[1] * (weight.ndim - 1)))
         bias.sub_(centre).mul_(2 / spread)
 
 

@@ -31,7 +31,7 @@ def answers(lattice: PatchLattice, sums: int, seed: int = 0) -> Patches:
     rng = np.random.default_rng(seed)
     found = {}
     for index in all_of(lattice):
-        logits = rng.normal(0, 2, (max(2, sums), *lattice.patch))
+        logits = rng.normal(0, 2, (max(2, sums), *lattice.answer))
         values = np.exp(logits) / np.exp(logits).sum(axis=0)
         found[index] = torch.from_numpy(values[-sums:].astype(np.float32))
     return found
@@ -41,7 +41,7 @@ def accumulate(
     lattice: PatchLattice, patches: Patches, window: Window = "gaussian", box: Box | None = None, order: Any = None
 ) -> Accumulator:
     sums = next(iter(patches.values())).shape[0]
-    found = Accumulator(box or Box.of(lattice.shape), lattice, window, sums, CPU)
+    found = Accumulator(box or Box.of(lattice.shape), [lattice], window, sums, CPU)
     indices = list(lattice.touching(found.box))
     for i in order.permutation(len(indices)) if order else range(len(indices)):
         found.add(indices[i], patches[indices[i]])
@@ -68,6 +68,7 @@ LATTICES = [
     make_lattice((1, 30, 29), (1, 16, 16), 0.5),
     make_lattice((5, 11, 3), (8, 8, 8), 0.5),
     make_lattice((16, 16, 16), (8, 8, 8), 0.0),
+    PatchLattice((20, 23, 17), (12, 12, 12), (4, 3, 4), (2, 3, 2)),
 ]
 
 
@@ -105,6 +106,37 @@ def test_any_order_of_patches_gives_the_same_bits(lattice: PatchLattice, sums: i
         assert torch.equal(first.probabilities(), other.probabilities())
 
 
+VIEWS = [
+    make_lattice((20, 23, 17), (1, 12, 8), 0.5),
+    make_lattice((20, 23, 17), (12, 1, 8), 0.5),
+    make_lattice((20, 23, 17), (16, 24, 1), 0.25),
+]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("sums", [1, 3])
+def test_several_views_are_averaged(count: int, sums: int) -> None:
+    """The mean of the views in float64; in any order of views and patches; and it is one where all agree."""
+    views = VIEWS[:count]
+    patches = [answers(lattice, sums, seed) for seed, lattice in enumerate(views)]
+    expected = sum(reference(of, p, "gaussian") for of, p in zip(views, patches, strict=True)) / count
+    found = Accumulator(Box.of(views[0].shape), views, "gaussian", sums, CPU)
+    shuffled = Accumulator(Box.of(views[0].shape), views, "gaussian", sums, CPU)
+    everything = [(v, i) for v, of in enumerate(views) for i in all_of(of)]
+    for view, index in everything:
+        found.add(index, patches[view][index], view)
+    for place in np.random.default_rng(7).permutation(len(everything)):
+        view, index = everything[place]
+        shuffled.add(index, patches[view][index], view)
+    np.testing.assert_allclose(found._sum.numpy() / ONE, expected, rtol=0, atol=5e-7)
+    assert torch.equal(found._sum, shuffled._sum)
+
+    certain = Accumulator(Box.of(views[0].shape), views, "gaussian", 1, CPU)
+    for view, index in everything:
+        certain.add(index, torch.ones((1, *views[view].answer)), view)
+    assert (certain._sum.to(torch.int64) - ONE).abs().max().item() <= 5e-7 * ONE
+
+
 @pytest.mark.parametrize("window", ["gaussian", "constant"])
 def test_any_part_of_a_volume_has_the_bits_of_the_whole(window: Window) -> None:
     lattice = LATTICES[0]
@@ -117,14 +149,14 @@ def test_any_part_of_a_volume_has_the_bits_of_the_whole(window: Window) -> None:
 
 def test_a_patch_elsewhere_adds_nothing() -> None:
     lattice = LATTICES[0]
-    found = Accumulator(Box((0, 0, 0), (3, 3, 3)), lattice, "gaussian", 1, CPU)
+    found = Accumulator(Box((0, 0, 0), (3, 3, 3)), [lattice], "gaussian", 1, CPU)
     found.add((3, 0, 0), torch.ones((1, 8, 8, 8)))
     assert not found._sum.any()
 
 
 def test_products_are_rounded_to_the_nearest_step() -> None:
     lattice = make_lattice((1, 1, 4), (1, 1, 4), 0.0)
-    found = Accumulator(Box.of(lattice.shape), lattice, "constant", 1, CPU)
+    found = Accumulator(Box.of(lattice.shape), [lattice], "constant", 1, CPU)
     found.add((0, 0, 0), (torch.tensor([0.25, 0.75, 1.75, 2.25]) / ONE).reshape(1, 1, 1, 4))
     assert found._sum.flatten().tolist() == [0, 1, 2, 2]
 
@@ -132,7 +164,7 @@ def test_products_are_rounded_to_the_nearest_step() -> None:
 def filled(sums: NDArray[np.int64]) -> Accumulator:
     """Return an accumulator that holds these sums (c, z, y, x)."""
     box = Box.of((sums.shape[1], sums.shape[2], sums.shape[3]))
-    found = Accumulator(box, PatchLattice(box.shape, box.shape, box.shape), "constant", sums.shape[0], CPU)
+    found = Accumulator(box, [PatchLattice(box.shape, box.shape, box.shape)], "constant", sums.shape[0], CPU)
     found._sum.copy_(torch.from_numpy(sums.astype(np.int32)))
     return found
 
@@ -206,7 +238,7 @@ def test_certain_answers_survive_blending_exactly() -> None:
         truth = torch.from_numpy(np.random.default_rng(2).integers(0, 3, lattice.shape))
         patches = {}
         for index in all_of(lattice):
-            padded = torch.zeros(lattice.patch, dtype=torch.int64)
+            padded = torch.zeros(lattice.answer, dtype=torch.int64)
             inside = lattice.box(index).intersect(Box.of(lattice.shape))
             padded[tuple(slice(0, side) for side in inside.shape)] = truth[inside.slices]
             patches[index] = torch.nn.functional.one_hot(padded, 3).movedim(-1, 0).float()

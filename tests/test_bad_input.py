@@ -34,7 +34,7 @@ from volseg.cli.main import main
 from volseg.errors import BlockError
 from volseg.geometry import Box
 from volseg.intensity import Scaling
-from volseg.models.bundle import load_network, save_bundle
+from volseg.models.bundle import load_networks, save_bundle
 from volseg.storage import ome
 from volseg.storage.volume import Layout, create_array, open_volume
 
@@ -238,7 +238,7 @@ def _(lab: Lab) -> list[str]:
     return ["overlay", lab.image, store(lab.path / "labels.zarr", np.zeros((4, 5, 6))), str(lab.path / "o.png")]
 
 
-@item("labels beyond the classes: train", "label 7 in the training region is beyond the classes 0..1", "--classes")
+@item("labels beyond the classes: train", "label 7 in the training region .* is beyond the classes 0..1", "--classes")
 def _(lab: Lab) -> list[str]:
     labels = np.zeros(SHAPE)
     labels[3, 4, 5] = 7
@@ -277,7 +277,7 @@ def _(lab: Lab) -> list[str]:
     return lab.segment(image=_not_finite(lab, np.nan))
 
 
-@item("nan in the image of a training", "holds NaN or Inf near slice", "replace them")
+@item("nan in the image of a training", "holds NaN or Inf in 0:5,0:5,5:11", "replace them")
 def _(lab: Lab) -> list[str]:
     labels = store(lab.path / "labels.zarr", np.arange(20 * 21 * 22).reshape(SHAPE) % 2)
     return lab.train(labels, image=_not_finite(lab, np.nan))
@@ -415,13 +415,13 @@ def _(lab: Lab) -> list[str]:
     return lab.segment(bundle=_edit(bundle, architecture="unett", digest=digest))
 
 
-@item("bundle with nan weights", "head.bias holds NaN or Inf")
+@item("bundle with nan weights", "head.conv.bias holds NaN or Inf")
 def _(lab: Lab) -> list[str]:
     bundle = lab.own_bundle()
-    manifest, network = load_network(str(bundle))
+    manifest, (network,) = load_networks(str(bundle))
     with torch.no_grad():
-        network.state_dict()["head.bias"].fill_(float("nan"))
-    save_bundle(str(bundle), network, manifest, overwrite=True)
+        network.state_dict()["head.conv.bias"].fill_(float("nan"))
+    save_bundle(str(bundle), [network], manifest, overwrite=True)
     return lab.segment(bundle=bundle)
 
 

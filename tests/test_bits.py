@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from tests.support import Case, labels_of, make_bundle, probabilities_of, segment, smooth, store
 from volseg.errors import PlanError
 from volseg.execution import segment as segment_module
+from volseg.execution.front import InOrder
 from volseg.geometry import Box, Triple
-from volseg.models.bundle import load_network, save_bundle
-from volseg.storage.ledger import Receipt
+from volseg.models.bundle import load_networks, save_bundle
 
 WINDOW: dict[str, Any] = {"overlap": 0.25, "probabilities": True}
 Bits = tuple[NDArray[Any], NDArray[np.uint8]]
@@ -92,14 +92,12 @@ def test_ray_workers_flat(flat_case: Case, tmp_path: Path) -> None:
 def test_order_of_blocks(case: Case, reference: Bits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def backwards(count: int, receipts: dict[int, Receipt]) -> Iterator[int]:
-        assert not receipts
-        for index in reversed(range(count)):
-            asked.append(index)
-            yield index
+    def backwards(pending: Iterable[int]) -> InOrder:
+        asked.extend(reversed(list(pending)))
+        return InOrder(asked)
 
-    monkeypatch.setattr(segment_module, "_without", backwards)
-    assert_same(bits(case, tmp_path / "out.zarr", block="16,16,24"), reference)
+    monkeypatch.setattr(segment_module, "InOrder", backwards)
+    assert_same(bits(case, tmp_path / "out.zarr", block="16,16,24", seams="off"), reference)
     assert asked == sorted(asked, reverse=True)
     assert len(asked) > 2
 
@@ -151,7 +149,7 @@ def origins(size: int, patch: int, overlap: float) -> list[int]:
 
 def blended(case: Case, patch: Triple, overlap: float, blend: str, flat: int | None) -> NDArray[np.float64]:
     """Blend class probabilities (c, z, y, x) in float64, over a 3D sum of weights; flat: slice axis of a 2D network."""
-    manifest, network = load_network(case.bundle)
+    manifest, (network,) = load_networks(case.bundle)
     raw = np.asarray(zarr.open_array(case.image, mode="r")[...], np.float64)
     scaling = manifest.scaling
     scaled = (np.clip(raw, scaling.low[0], scaling.high[0]) - scaling.mean[0]) / scaling.std[0]
@@ -236,11 +234,11 @@ def test_threshold_needs_two_classes(case: Case, tmp_path: Path) -> None:
 def test_ties_go_to_the_lowest_class(case: Case, tmp_path: Path) -> None:
     """A network whose classes 1 and 2 always agree never answers 2."""
     bundle = make_bundle(tmp_path / "bundle")
-    manifest, network = load_network(bundle)
+    manifest, (network,) = load_networks(bundle)
     state = network.state_dict()
-    for name in ("head.weight", "head.bias"):
+    for name in ("head.conv.weight", "head.conv.bias"):
         state[name][2] = state[name][1]
-    save_bundle(bundle, network, manifest, overwrite=True)
+    save_bundle(bundle, [network], manifest, overwrite=True)
     labels, probabilities = bits(Case(case.image, bundle, tmp_path), tmp_path / "out.zarr")
     np.testing.assert_array_equal(probabilities[1], probabilities[2])
     assert set(np.unique(labels)) == {0, 1}

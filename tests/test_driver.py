@@ -1,7 +1,9 @@
 """The driver against a scripted executor: who is tried how often, what is kept, and when the job stops."""
 
+import re
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +11,26 @@ from typing import Any, Literal
 import pytest
 
 from volseg.errors import InputError, JobError, WorkersLostError
+from volseg.execution import policy
 from volseg.execution.driver import Driver, Hooks, Tally
-from volseg.execution.events import BlockDone, BlockFailed, Event, Executor, WorkerFailed, WorkerLost, WorkerReady
-from volseg.execution.policy import MAX_CRASHES
+from volseg.execution.events import (
+    BlockDone,
+    BlockFailed,
+    Event,
+    Word,
+    WorkerFailed,
+    WorkerLeft,
+    WorkerLost,
+    WorkerReady,
+)
+from volseg.execution.front import InOrder
+from volseg.execution.policy import MAX_CRASHES, MAX_LOSSES, NODES_APART, NODES_TOGETHER, Loss
+from volseg.geometry import BlockSet
 from volseg.inference.attempt import Failure, Kind
+from volseg.planning.task import Task
 from volseg.storage.ledger import Ledger, Receipt
 
-Fate = Literal["done", "retryable", "hopeless", "job", "crash", "node", "ctrl-c"]
+Fate = Literal["done", "retryable", "hopeless", "job", "crash", "node", "preemption", "ctrl-c"]
 IN_HAND = 2
 
 
@@ -23,14 +38,19 @@ IN_HAND = 2
 class Scripted:
     """Workers in memory. `script` has the fates of a block's attempts in order, the last one for ever; others are done.
 
-    Each `wait` brings the oldest block of one worker to its end. A crash takes all blocks of the worker with it.
+    Each `wait` brings the oldest block of one worker to its end. A crash takes all blocks of the worker with it, and a
+    lost machine those of all its workers: as many as `machine` side by side share one.
     """
 
     script: dict[int, list[Fate]] = field(default_factory=dict)
     workers: int = 1
+    machine: int = 1
     before: list[Event] = field(default_factory=list)
     stop_error: Exception | None = None
     replaced: bool = True
+    expected: int = 1
+    refused: list[int] = field(default_factory=list)
+    lefts: list[int] = field(default_factory=list)
     invoked: list[int] = field(default_factory=list)
     alone: list[int] = field(default_factory=list)
     stopped: int = 0
@@ -42,6 +62,14 @@ class Scripted:
         self.turn = 0
         self.events: list[Event] = [*self.before, *(WorkerReady(w, {"name": f"cpu{w}"}) for w in range(self.workers))]
 
+    def adjust(self, left: int) -> int:
+        self.lefts.append(left)
+        return self.expected
+
+    def refuse(self, worker: int) -> None:
+        self.refused.append(worker)
+        self.gone.add(worker)
+
     def free(self, alone: bool) -> int | None:
         room = 1 if alone else IN_HAND
         free = [
@@ -52,8 +80,13 @@ class Scripted:
     def capacity(self, *, alone: bool = False) -> bool:
         return self.free(alone) is not None
 
-    def submit(self, index: int, *, alone: bool = False) -> None:
+    def hand(self, *, alone: bool = False) -> list[int]:
         worker = self.free(alone)
+        assert worker is not None
+        return self.hands[worker]
+
+    def submit(self, task: Task, inbox: Sequence[Any], *, alone: bool = False) -> None:
+        worker, index = self.free(alone), task.index
         assert worker is not None, "handed out without capacity"
         assert not any(index in hand for hand in self.hands), "handed out twice"
         self.hands[worker].append(index)
@@ -79,13 +112,10 @@ class Scripted:
         self.invoked.append(index)
         if fate == "ctrl-c":
             raise KeyboardInterrupt
-        if fate in {"crash", "node"}:
-            lost, self.hands[worker], self.lonely[worker] = tuple(self.hands[worker]), [], False
-            if self.replaced:
-                self.events.append(WorkerReady(worker, {"name": "cpu"}))
-            else:
-                self.gone.add(worker)
-            return [WorkerLost(worker, lost, f"{fate} of worker {worker}", infrastructure=fate == "node")]
+        if fate in {"crash", "node", "preemption"}:
+            first = worker - worker % self.machine
+            gone = [worker] if fate == "crash" else range(first, min(first + self.machine, self.workers))
+            return [self.lose(w, f"{fate} of worker {worker}", fate) for w in gone]
         self.hands[worker].pop(0)
         self.lonely[worker] = False
         if fate == "done":
@@ -93,6 +123,17 @@ class Scripted:
             return [BlockDone(Receipt(index, {"0": "ab"}, {f"0/c/{index}": 9}, stats), worker, 1000 + index)]
         kind: Kind = "retryable" if fate == "retryable" else "hopeless" if fate == "hopeless" else "job"
         return [BlockFailed(Failure(index, kind, f"{fate} error of block {index}", "Traceback: here"))]
+
+    def lose(self, worker: int, cause: str, loss: Loss) -> Event:
+        lost, self.hands[worker], self.lonely[worker] = tuple(self.hands[worker]), [], False
+        if self.replaced:
+            self.events.append(WorkerReady(worker, {"name": "cpu"}))
+        else:
+            self.gone.add(worker)
+        return WorkerLost(worker, lost, cause, loss)
+
+    def missing(self) -> str:
+        return "no room" if self.gone else ""
 
     def stop(self) -> None:
         self.stopped += 1
@@ -103,10 +144,14 @@ class Scripted:
 class Run:
     """One driver's run over `pending` blocks, with what it noted and reported."""
 
-    def __init__(self, output: Path, executor: Executor, attempts: int = 3, workers: int = 1) -> None:
+    def __init__(
+        self, output: Path, executor: Scripted, attempts: int = 3, workers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        executor.expected = workers
         self.ledger = Ledger(str(output), "key")
         assert self.ledger.take()
-        self.tally = Tally(0)
+        self.tally = Tally(0, clock=clock)
         self.notes: list[str] = []
         self.reports: list[dict[str, int]] = []
         self.check: Callable[[dict[str, str]], None] = lambda found: None
@@ -114,19 +159,19 @@ class Run:
             size=lambda index: 10,
             report=lambda tally: self.reports.append(tally.as_dict()),
             note=self.notes.append,
-            check_fingerprint=lambda found: self.check(found),  # noqa: PLW0108 - a test may set it later
+            check_fingerprint=lambda found, _: self.check(found),
         )
-        self.driver = Driver(executor, self.ledger, self.tally, hooks, attempts=attempts, workers=workers)
+        self.driver = Driver(executor, self.ledger, self.tally, hooks, attempts=attempts)
 
     def __call__(self, pending: Iterable[int]) -> Tally:
         blocks = list(pending)
         self.tally.total = len(blocks)
-        self.driver.run(iter(blocks))
+        self.driver.run(InOrder(blocks))
         return self.tally
 
     @property
     def receipts(self) -> set[int]:
-        return set(self.ledger.receipts())
+        return {receipt.index for receipt in self.ledger.receipts()}
 
 
 # ---------------------------------------------------------------- a job without trouble
@@ -180,8 +225,51 @@ def test_pending_blocks_are_taken_one_by_one(tmp_path: Path) -> None:
     executor = Scripted({5: ["job"]})
     run = Run(tmp_path / "out", executor)
     with pytest.raises(JobError):
-        run.driver.run(pending())
+        run.driver.run(InOrder(pending()))
     assert len(taken) < 12
+
+
+# ---------------------------------------------------------------- slow blocks
+
+
+class Dawdling(Scripted):
+    """Two workers; the first never gets on with `slow`, and the clock is moved by hand: ten seconds a wait."""
+
+    slow = 8
+    now = 0.0
+    ending: Fate = "done"
+
+    def submit(self, task: Task, inbox: Sequence[Any], *, alone: bool = False) -> None:
+        worker = self.free(alone)
+        assert worker is not None
+        assert task.index not in self.hands[worker], "twice to the same worker"
+        self.hands[worker].append(task.index)
+        self.invoked.append(task.index)
+
+    def wait(self, timeout: float) -> list[Event]:
+        self.now += 10.0
+        if self.events:
+            return [self.events.pop(0)]
+        hand = next((hand for hand in self.hands if hand and hand[0] != self.slow), None)
+        if hand is None and self.invoked.count(self.slow) < 2:
+            return []
+        # The second copy ends first, the first one right after it.
+        worker = self.hands.index(hand) if hand is not None else 1 if self.slow in self.hands[1] else 0
+        index = self.hands[worker].pop(0)
+        return [BlockDone(Receipt(index, {"0": f"{index}"}, {}, {"forwards": 1.0}), worker, 1)]
+
+
+def test_a_slow_block_is_started_once_more_and_the_first_receipt_counts(tmp_path: Path) -> None:
+    executor = Dawdling(workers=2)
+    run = Run(tmp_path / "out", executor, clock=lambda: executor.now)
+    tally = run(range(12))
+    assert executor.invoked.count(8) == 2
+    # So is the one that waits behind it.
+    assert tally.second_copies == 2
+    assert (tally.computed, tally.failed, tally.retried) == (12, {}, 0)
+    assert tally.stats == {"forwards": 12.0}
+    assert run.receipts == set(range(12))
+    assert "block 8 takes unusually long; another worker computes it, too" in run.notes
 
 
 # ---------------------------------------------------------------- errors of blocks
@@ -241,9 +329,14 @@ class Slow(Scripted):
         self.took: dict[int, int] = {}
         self.most = 0
 
-    def submit(self, index: int, *, alone: bool = False) -> None:
+    def hand(self, *, alone: bool = False) -> list[int]:
         worker = self.free(alone)
-        super().submit(index, alone=alone)
+        assert worker is not None
+        return self.hands[worker]
+
+    def submit(self, task: Task, inbox: Sequence[Any], *, alone: bool = False) -> None:
+        worker, index = self.free(alone), task.index
+        super().submit(task, inbox, alone=alone)
         assert worker is not None
         self.took[index] = worker
         self.most = max(self.most, *map(len, self.hands))
@@ -298,13 +391,71 @@ def test_workers_that_die_whatever_they_hold_stop_the_job(tmp_path: Path) -> Non
     assert run.receipts == {0, 1, 2}
 
 
-def test_a_lost_node_is_no_strike(tmp_path: Path) -> None:
-    executor = Scripted({4: [*["node"] * 50, "done"]})  # type: ignore[list-item]
+def test_machines_that_are_taken_away_with_notice_are_no_strike(tmp_path: Path) -> None:
+    executor = Scripted({4: [*["preemption"] * 50, "done"]})  # type: ignore[list-item]
     run = Run(tmp_path / "out", executor, attempts=1)
     tally = run(range(8))
     assert (tally.failed, tally.computed, tally.workers_lost) == ({}, 8, 50)
     assert executor.alone == []
     assert Counter(executor.invoked)[4] == 51
+
+
+@pytest.mark.parametrize(("workers", "machine"), [(1, 1), (3, 1), (4, 2), (3, 3)])
+def test_a_block_that_takes_its_machine_down_is_set_aside_alone(tmp_path: Path, workers: int, machine: int) -> None:
+    """Also where other blocks are computed on the same machine and go down with it each time."""
+    executor = Scripted({4: ["node"]}, workers=workers, machine=machine)
+    run = Run(tmp_path / "out", executor, workers=workers)
+    tally = run(range(60))
+    assert set(tally.failed) == {4}
+    assert re.fullmatch(
+        r"\d+ machines were lost while they held it, the last 5 with no other suspect, the last one: node of worker .*"
+        "; it may need more memory than they have: try less --memory",
+        tally.failed[4],
+    )
+    assert run.receipts == set(range(60)) - {4}
+    assert Counter(executor.invoked)[4] == NODES_TOGETHER + NODES_APART
+    assert sum("3 machines were lost with block 4 in hand" in note for note in run.notes) == 1
+
+
+def test_two_blocks_that_take_machines_down_do_not_hide_behind_each_other(tmp_path: Path) -> None:
+    executor = Scripted({4: ["node"], 5: ["node"]}, workers=4, machine=4)
+    run = Run(tmp_path / "out", executor, workers=4)
+    tally = run(range(60))
+    assert set(tally.failed) == {4, 5}
+    assert run.receipts == set(range(60)) - {4, 5}
+
+
+def test_of_suspects_whose_machines_went_one_is_computed_at_a_time(tmp_path: Path) -> None:
+    class Watched(Scripted):
+        def submit(self, task: Task, inbox: Sequence[Any], *, alone: bool = False) -> None:
+            super().submit(task, inbox, alone=alone)
+            assert sum(self.lonely) <= 1
+            together.append(sum(map(len, self.hands)))
+
+    together: list[int] = []
+    executor = Watched({index: ["node", "node", "node", "done"] for index in range(6)}, workers=3)
+    tally = Run(tmp_path / "out", executor, workers=3)(range(30))
+    assert (tally.failed, tally.computed) == ({}, 30)
+    assert set(executor.alone) >= set(range(6))
+    # The others go on meanwhile.
+    assert max(together) > 3
+
+
+def test_machines_that_go_whatever_is_on_them_stop_the_job(tmp_path: Path) -> None:
+    """Otherwise too little memory would take every machine that comes, eight times a block."""
+    executor = Scripted({index: ["node"] for index in range(3, 1000)}, workers=2)
+    run = Run(tmp_path / "out", executor, workers=2)
+    with pytest.raises(WorkersLostError, match="20 machines were lost one after the other"):
+        run(range(1000))
+    assert run.receipts == {0, 1, 2}
+
+
+def test_machines_that_go_together_are_one_loss(tmp_path: Path) -> None:
+    many = 3 * MAX_LOSSES
+    gone: list[Event] = [WorkerLost(w, (), "no answer", "node") for w in range(many)]
+    back: list[Event] = [WorkerReady(w, {}) for w in range(many)]
+    run = Run(tmp_path / "out", Scripted(before=[*back, *gone, *back, *gone, *back]), workers=1)
+    assert run(range(3)).computed == 3
 
 
 def test_a_suspect_runs_alone_from_its_second_crash_on(tmp_path: Path) -> None:
@@ -320,9 +471,9 @@ def test_a_suspect_waits_for_an_idle_worker_and_then_the_others_go_on(tmp_path: 
     order = []
 
     class Watched(Scripted):
-        def submit(self, index: int, *, alone: bool = False) -> None:
-            super().submit(index, alone=alone)
-            order.append((index, alone))
+        def submit(self, task: Task, inbox: Sequence[Any], *, alone: bool = False) -> None:
+            super().submit(task, inbox, alone=alone)
+            order.append((task.index, alone))
 
     executor = Watched({0: ["crash", "crash", "done"]})
     Run(tmp_path / "out", executor)(range(6))
@@ -348,11 +499,61 @@ def test_a_suspect_does_not_starve_where_lost_workers_are_not_replaced(tmp_path:
 
 
 def test_a_worker_without_a_block_may_die(tmp_path: Path) -> None:
-    lost = WorkerLost(0, (), "killed", infrastructure=False)
+    lost = WorkerLost(0, (), "killed", "crash")
     run = Run(tmp_path / "out", Scripted(before=[WorkerReady(0, {}), lost]))
     tally = run(range(3))
     assert (tally.computed, tally.workers_lost, tally.workers) == (3, 1, 1)
     assert run.notes == ["worker 0 was lost (killed); it had no block in hand"]
+
+
+def test_a_line_says_what_missing_workers_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "PATIENCE_SECONDS", 0.0)
+    executor = Scripted({0: ["crash", "done"]}, workers=2, replaced=False)
+    run = Run(tmp_path / "out", executor, workers=2)
+    assert run(range(9)).computed == 9
+    assert [note for note in run.notes if "ready" in note] == ["1 of 2 workers are ready; no room"]
+
+
+def test_no_line_where_workers_come_in_time(tmp_path: Path) -> None:
+    run = Run(tmp_path / "out", Scripted({0: ["crash", "done"]}, workers=2, replaced=False), workers=2)
+    run(range(9))
+    assert not [note for note in run.notes if "ready" in note]
+
+
+def test_a_worker_that_is_let_go_is_no_loss(tmp_path: Path) -> None:
+    left: list[Event] = [WorkerReady(1, {}), WorkerLeft(1, "its machine is taken away"), Word("the head is away")]
+    run = Run(tmp_path / "out", Scripted(before=[*left, WorkerReady(2, {}), WorkerLeft(2)]))
+    tally = run(range(3))
+    assert (tally.computed, tally.workers, tally.most_workers, tally.workers_lost) == (3, 1, 1, 0)
+    assert run.notes == ["worker 1 finished its blocks and left: its machine is taken away", "the head is away"]
+
+
+def test_the_executor_is_told_what_is_left(tmp_path: Path) -> None:
+    """Blocks that are tried again are left, blocks that are set aside are not."""
+    executor = Scripted({1: ["hopeless"], 2: ["crash", "done"]})
+    Run(tmp_path / "out", executor)(range(4))
+    assert (executor.lefts[0], executor.lefts[-1]) == (4, 0)
+    assert executor.lefts == sorted(executor.lefts, reverse=True)
+    resumed = Scripted()
+    run = Run(tmp_path / "other", resumed)
+    run.tally.resumed = 5
+    run.tally.total = 9
+    run.driver.run(InOrder(range(5, 9)))
+    assert resumed.lefts[0] == 4
+
+
+def test_what_is_done_is_kept_before_the_workers_end(tmp_path: Path) -> None:
+    """Who asked the driver to stop kills it where that takes long."""
+    kept: list[set[int]] = []
+
+    class Watched(Scripted):
+        def stop(self) -> None:
+            kept.append(run.receipts)
+
+    run = Run(tmp_path / "out", Watched({4: ["ctrl-c"]}))
+    with pytest.raises(KeyboardInterrupt):
+        run(range(9))
+    assert kept == [set(range(4))]
 
 
 # ---------------------------------------------------------------- workers that do not start
@@ -371,6 +572,30 @@ def test_when_none_in_a_row_could_start_the_job_stops(tmp_path: Path) -> None:
     with pytest.raises(WorkersLostError, match="5 workers in a row could not start, the last one: no room"):
         run(range(3))
     assert executor.stopped == 1
+
+
+def test_machines_that_start_nothing_stop_no_job_whose_others_work(tmp_path: Path) -> None:
+    class Lame(Scripted):
+        """Some worker cannot start whenever a block is done."""
+
+        def finish(self, worker: int) -> list[Event]:
+            return [WorkerFailed(9, "no room", fatal=False), *super().finish(worker)]
+
+    assert Run(tmp_path / "out", Lame(), workers=1)(range(50)).computed == 50
+
+
+def test_a_machine_of_another_kind_ends_no_job(tmp_path: Path) -> None:
+    executor = Scripted(before=[WorkerReady(5, {"name": "cpu"}), WorkerReady(7, {"name": "gpu"})])
+    run = Run(tmp_path / "out", executor)
+
+    def refuse(found: dict[str, str]) -> None:
+        if found["name"] == "gpu":
+            raise InputError("another device; the job goes on")
+
+    run.check = refuse
+    tally = run(range(4))
+    assert (tally.computed, tally.workers, executor.refused) == (4, 2, [7])
+    assert run.notes == ["worker 7 takes no part: another device; the job goes on"]
 
 
 def test_what_no_worker_can_load_is_the_user_s_input(tmp_path: Path) -> None:
@@ -437,7 +662,16 @@ def test_a_resumed_run_computes_only_what_has_no_receipt(tmp_path: Path) -> None
     first.ledger.end(None)
     executor = Scripted()
     second = Run(tmp_path / "out", executor)
-    receipts = second.ledger.receipts()
-    second(index for index in range(10) if index not in receipts)
+    second(BlockSet(second.receipts).missing(10))
     assert executor.invoked == [6, 7, 8, 9]
     assert second.receipts == set(range(10))
+
+
+def test_a_driver_forgets_the_blocks_that_are_done(tmp_path: Path) -> None:
+    """What it remembered of each would be all that grows in a job of a million blocks."""
+    script: dict[int, list[Fate]] = {index: ["retryable", "crash", "done"] for index in range(0, 40, 8)}
+    run = Run(tmp_path / "out", Scripted({**script, 3: ["hopeless"]}, workers=2), workers=2)
+    run(range(40))
+    assert run.receipts == set(range(40)) - {3}
+    assert set(run.driver._strikes) == {3}
+    assert run.driver._said == {}

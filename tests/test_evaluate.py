@@ -1,5 +1,6 @@
 """Scores: equal to a direct count, whatever the storage; what must not be scored is refused."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
-from volseg.analysis import evaluate as module
+from volseg.analysis import counts, rand_score, surface
 from volseg.analysis.evaluate import evaluate
 from volseg.errors import CorruptChunkError, InputError, SpecError, VolumeError
 from volseg.geometry import Box
@@ -24,13 +25,15 @@ def store(
     data: NDArray[Any],
     *,
     names: Sequence[str] | None = None,
+    voxel_size: tuple[float, float, float] | None = None,
+    unit: str | None = None,
     chunks: tuple[int, int, int] = (4, 8, 8),
     shards: tuple[int, int, int] | None = (4, 16, 16),
     **marks: Any,
 ) -> str:
     z, y, x = data.shape
     attributes = ome.group_attributes(
-        "zyx", voxel_size=None, unit=None, name="labels", label=ome.label_attributes(names),
+        "zyx", voxel_size=voxel_size, unit=unit, name="labels", label=ome.label_attributes(names),
         volseg={"status": "complete", "all_chunks_written": True} | marks,
     )  # fmt: skip
     create_array(str(path), Layout((z, y, x), chunks, shards, data.dtype), attributes).write(Box.of((z, y, x)), data)
@@ -44,7 +47,7 @@ def labels(seed: int, classes: int = 4, dtype: str = "uint8") -> NDArray[Any]:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "uint64"])
 @pytest.mark.parametrize("box_voxels", [2**22, 100])
 def test_equals_a_direct_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, box_voxels: int) -> None:
-    monkeypatch.setattr(module, "BOX_VOXELS", box_voxels)
+    monkeypatch.setattr(counts, "BOX_VOXELS", box_voxels)
     truth, prediction = labels(1, dtype=dtype), labels(2, 5, dtype)
     truth[3:5, :, 7:20] = 255
     calls: list[tuple[int, int]] = []
@@ -52,6 +55,7 @@ def test_equals_a_direct_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         store(tmp_path / "p", prediction, chunks=(3, 5, 7), shards=None),
         store(tmp_path / "t", truth),
         roi="1:8,2:,:29",
+        slab_axis="z",
         progress=lambda done, total: calls.append((done, total)),
     )
     part = (slice(1, 8), slice(2, None), slice(29))
@@ -63,13 +67,19 @@ def test_equals_a_direct_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [c["id"] for c in result["classes"]] == [0, 1, 2, 3, 4]
     for i, found in enumerate(result["classes"][:4]):
         both, true, predicted = expected[i, i], expected[i].sum(), expected[:, i].sum()
-        assert found["dice"] == pytest.approx(2 * both / (true + predicted))
+        assert found["dice"] == found["f1"] == pytest.approx(2 * both / (true + predicted))
         assert found["iou"] == pytest.approx(both / (true + predicted - both))
         assert (found["precision"], found["recall"]) == (pytest.approx(both / predicted), pytest.approx(both / true))
         assert (found["truth_voxels"], found["predicted_voxels"]) == (true, predicted)
+        slabs = [((t[z] == i) & (p[z] == i) & keep[z]).sum() for z in range(7)]
+        sizes = [((t[z] == i) & keep[z]).sum() + ((p[z] == i) & keep[z]).sum() for z in range(7)]
+        assert found["slab_dice"] == pytest.approx([2 * a / b for a, b in zip(slabs, sizes, strict=True)])
     only_predicted = result["classes"][4]
     assert (only_predicted["dice"], only_predicted["recall"], only_predicted["precision"]) == (0.0, None, 0.0)
     assert result["mean_foreground_dice"] == pytest.approx(np.mean([c["dice"] for c in result["classes"][1:]]))
+    assert result["accuracy"] == pytest.approx((t == p)[keep].mean())
+    assert result["balanced_accuracy"] == pytest.approx(np.mean([expected[i, i] / expected[i].sum() for i in range(4)]))
+    assert (result["slabs"]["axis"], result["slabs"]["edges"]) == ("z", [1, 2, 3, 4, 5, 6, 7, 8])
     assert calls[-1][0] == calls[-1][1] == len(calls)
 
 
@@ -79,11 +89,12 @@ def test_perfect_and_absent_classes(tmp_path: Path) -> None:
     result = evaluate(path, path)
     gold = result["classes"][3]
     assert gold == {
-        "id": 3, "name": "gold", "dice": None, "iou": None, "precision": None, "recall": None,
-        "truth_voxels": 0, "predicted_voxels": 0,
+        "id": 3, "name": "gold", "dice": None, "f1": None, "iou": None, "precision": None, "recall": None,
+        "truth_voxels": 0, "predicted_voxels": 0, "dice_interval": None, "slab_dice": [None] * 10,
     }  # fmt: skip
     assert result["mean_foreground_dice"] == 1.0
-    assert result["accuracy"] == 1.0
+    assert result["accuracy"] == result["balanced_accuracy"] == 1.0
+    assert result["classes"][1]["dice_interval"] == result["mean_foreground_dice_interval"] == (1.0, 1.0)
     assert [c["name"] for c in result["classes"]] == ["matrix", "pore", "crack", "gold"]
 
 
@@ -132,6 +143,9 @@ def test_absent_chunks_are_counted_where_they_are_no_error(tmp_path: Path) -> No
         (labels(1, 5000, "uint16"), labels(1), {}, VolumeError, "not of numbered objects"),
         (np.full(SHAPE, 255, np.uint8), labels(1), {}, InputError, "no voxel of .* is labelled .all 5580 are 255."),
         (labels(1), labels(1), {"roi": "0:10,:,:"}, SpecError, "not inside 0:9"),
+        (labels(1), labels(1), {"slab_axis": "c"}, InputError, "slab axis 'c' is none of z, y, x"),
+        (labels(1), labels(1), {"rand_class": -1}, InputError, "class -1 of the membranes is not in 0 to 1023"),
+        (labels(1), labels(1), {"surface": -0.5}, InputError, "tolerance of -0.5 is no length"),
     ],
 )
 def test_refused(
@@ -167,3 +181,45 @@ def test_damaged_chunk_is_no_score(tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-40])
     with pytest.raises(CorruptChunkError, match="c/1/0/1"):
         evaluate(path, path)
+
+
+def test_surfaces_and_cells_come_with_their_measures(tmp_path: Path) -> None:
+    truth, prediction = labels(1, 3), labels(2, 3)
+    paths = (
+        store(tmp_path / "p", prediction, voxel_size=(0.05, 0.004, 0.004), unit="micrometer"),
+        store(tmp_path / "t", truth, voxel_size=(50, 4, 4), unit="nanometer", names=("a", "b", "c", "d")),
+    )
+    calls: list[tuple[int, int]] = []
+    result = evaluate(*paths, surface=True, rand_class=1, progress=lambda done, total: calls.append((done, total)))
+    assert result["surface"] == {"voxel_size": (50, 4, 4), "unit": "nanometer", "tolerance": 4}
+    assert result["classes"][1]["surface"]["mean"] > 0
+    assert result["classes"][3]["surface"] == {"mean": None, "hausdorff_95": None, "dice": None}
+    assert result["rand"]["class"] == 1
+    assert len(result["rand"]["slices"]) == SHAPE[0]
+    assert [done for done, _ in calls] == list(range(1, calls[-1][1] + 1))
+    assert evaluate(*paths, surface=50)["surface"]["tolerance"] == 50
+    plain = evaluate(*paths)
+    assert "surface" not in plain["classes"][1]
+    assert not {"surface", "rand"} & set(plain)
+
+
+def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store(tmp_path / "a", labels(1, 3))
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(InputError, match=r"needs? the package skimage.*volseg\[metrics\]"):
+        evaluate(path, path, rand_class=1)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(InputError, match=r"surface distances need the package scipy.*volseg\[metrics\]"):
+        evaluate(path, path, surface=True)
+    assert evaluate(path, path)["accuracy"] == 1.0
+
+
+def test_what_would_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store(tmp_path / "a", labels(1, 3))
+    monkeypatch.setattr(surface, "MAX_FACES", 1000)
+    with pytest.raises(InputError, match=r"more than 1000 voxel faces.*region of at most \d+ voxels with --roi"):
+        evaluate(path, path, surface=True)
+    monkeypatch.setattr(rand_score, "MAX_SLICE", 100)
+    with pytest.raises(InputError, match=r"20 x 31 pixels are too large.*such as :,0:10,0:10"):
+        evaluate(path, path, rand_class=1)
+    assert evaluate(path, path, rand_class=1, roi=":,0:10,0:10")["rand"]["score"] == 1.0

@@ -1,5 +1,6 @@
 """Small files: readers never see a part, of many creators one wins, and a full disk is named as one."""
 
+import ctypes
 import errno
 import os
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from volseg.errors import StorageDeniedError, StorageFullError, VolsegError
+from volseg.errors import JobError, StorageDeniedError, StorageFullError, VolsegError
 from volseg.storage import files
 
 
@@ -119,13 +120,11 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
 ) -> None:
     uri = str(tmp_path / "state")
     files.write_bytes(uri, b"old")
-    real = Path.write_bytes
 
-    def half(path: Path, data: bytes) -> int:
-        real(path, data[: len(data) // 2])
+    def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output"):
         files.write_bytes(uri, b"newer")
     with pytest.raises(OSError, match="Input/output"):
@@ -142,18 +141,78 @@ def test_a_write_over_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     assert only(tmp_path) == ["folder"]
 
 
-def test_of_many_threads_one_creates(tmp_path: Path) -> None:
+def no_hard_links(monkeypatch: pytest.MonkeyPatch, code: int = errno.EPERM) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_threads_one_creates_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Also on FAT, which has no hard links; who loses sees the winner's file at once, never a part of it."""
+    if not links:
+        no_hard_links(monkeypatch)
     uri, start = str(tmp_path / "a" / "header"), threading.Barrier(16)
 
-    def create(number: int) -> bool:
+    def create(number: int) -> tuple[bool, bytes]:
         start.wait()
-        return files.create_bytes(uri, b"%d" % number)
+        return files.create_bytes(uri, b"%2d" % number * 300_000), files.read_bytes(uri)
 
     with ThreadPoolExecutor(16) as pool:
-        won = list(pool.map(create, range(16)))
+        won, seen = zip(*pool.map(create, range(16)), strict=True)
     assert sum(won) == 1
-    assert files.read_bytes(uri) == b"%d" % won.index(True)
+    assert set(seen) == {b"%2d" % won.index(True) * 300_000}
     assert only(tmp_path / "a") == ["header"]
+
+
+class NoRenames:
+    """A system whose file systems know no rename that spares what is there."""
+
+    def renameat2(self, *_: Any) -> int:
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+
+def test_a_file_system_that_cannot_tell_who_is_first_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_hard_links(monkeypatch)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: NoRenames())
+    with pytest.raises(JobError, match=f"the file system of {tmp_path} has neither .* choose another drive"):
+        files.create_bytes(str(tmp_path / "header"), b"first")
+    assert only(tmp_path) == []
+
+
+@pytest.mark.parametrize(("how", "when"), [("write_bytes", "replace"), ("create_bytes", "link")])
+def test_content_is_on_the_disk_before_its_name_and_the_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, when: str
+) -> None:
+    """What a power cut could lose cannot be tested; that nothing is left to lose can."""
+    steps: list[str] = []
+    sync, name = os.fsync, getattr(os, when)
+
+    def watched(descriptor: int) -> None:
+        folder = os.fstat(descriptor).st_ino == tmp_path.stat().st_ino
+        steps.append("folder" if folder else f"{os.fstat(descriptor).st_size} bytes")
+        sync(descriptor)
+
+    def named(*places: Any, **options: Any) -> None:
+        steps.append("name")
+        name(*places, **options)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, when, named)
+    getattr(files, how)(str(tmp_path / "state"), b"x" * 5000)
+    assert steps == ["5000 bytes", "name", "folder"]
+
+
+def test_what_means_nothing_after_a_power_cut_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("waited for the disk"))
+    files.write_bytes(str(tmp_path / "heartbeat"), b"now", durable=False)
+    assert only(tmp_path) == ["heartbeat"]
 
 
 CREATE = """
@@ -191,10 +250,7 @@ def test_of_many_processes_one_creates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
 def test_one_creates_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "link", refuse)
+    no_hard_links(monkeypatch, code)
     uri = str(tmp_path / "header")
     assert files.create_bytes(uri, b"first")
     assert not files.create_bytes(uri, b"second")
@@ -256,9 +312,9 @@ def test_remote_errors_are_translated_too(monkeypatch: pytest.MonkeyPatch, how: 
         def pipe_file(self, *_: Any, **__: Any) -> None:
             raise PermissionError(errno.EACCES, "Access Denied")
 
-    monkeypatch.setattr(files, "_remote", lambda uri: (Denied(), uri))
-    with pytest.raises(StorageDeniedError, match="no permission to write s3://bucket/a") as caught:
-        how("s3://bucket/a", b"x")
+    monkeypatch.setattr(files, "remote", lambda uri: (files._Generic(Denied()), uri))
+    with pytest.raises(StorageDeniedError, match="no permission to write gs://bucket/a") as caught:
+        how("gs://bucket/a", b"x")
     assert isinstance(caught.value.__cause__, PermissionError)
 
 

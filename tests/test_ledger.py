@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from volseg.errors import JobError
+from volseg.errors import JobError, VolumeError
 from volseg.storage import files
 from volseg.storage import ledger as module
 from volseg.storage.ledger import STALE_SECONDS, Ledger, Receipt, ledger_root
@@ -32,6 +32,16 @@ def output(tmp_path: Path) -> str:
 @pytest.fixture
 def ledger(output: str) -> Ledger:
     return Ledger(output, KEY)
+
+
+def by_block(ledger: Ledger) -> dict[int, Receipt]:
+    found = list(ledger.receipts())
+    assert len({receipt.index for receipt in found}) == len(found)
+    return {receipt.index: receipt for receipt in found}
+
+
+def blocks(ledger: Ledger) -> set[int]:
+    return set(by_block(ledger))
 
 
 def segments(ledger: Ledger) -> list[str]:
@@ -73,7 +83,7 @@ def test_receipts_of_all_segments_and_attempts_are_read(output: str, ledger: Led
     assert second.take()
     second.add(receipt(5))
     second.tick({}, force=True)
-    assert second.receipts() == {i: receipt(i, voxels=i) for i in (0, 1, 2, 3, 7)} | {5: receipt(5)}
+    assert by_block(second) == {i: receipt(i, voxels=i) for i in (0, 1, 2, 3, 7)} | {5: receipt(5)}
     assert segments(ledger) == [f"00001-{n:06d}.jsonl" for n in range(3)] + ["00002-000000.jsonl"]
 
 
@@ -86,7 +96,42 @@ def test_a_later_receipt_replaces_an_earlier_one(output: str, ledger: Ledger) ->
     assert second.take()
     second.add(receipt(4, attempt=2))
     second.tick({}, force=True)
-    assert second.receipts() == {4: receipt(4, attempt=2)}
+    assert by_block(second) == {4: receipt(4, attempt=2)}
+
+
+@pytest.mark.parametrize("torn", [b'{"index":4,"dig', b"", b"[]", b'{"index":4}', b"\0" * 100])
+def test_a_receipt_that_cannot_be_read_is_none(ledger: Ledger, torn: bytes) -> None:
+    assert ledger.take()
+    for index in (3, 4):
+        ledger.add(receipt(index))
+    ledger.tick({}, force=True)
+    path = Path(ledger.path, "receipts", "00001-000000.jsonl")
+    path.write_bytes(path.read_bytes().splitlines()[0] + b"\n" + torn)
+    assert by_block(ledger) == {3: receipt(3)}
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"block":[9', b"[]"])
+def test_a_damaged_fact_is_not_taken_as_absent(output: str, ledger: Ledger, torn: bytes) -> None:
+    """Another header would contradict the blocks that are there."""
+    ledger.create({"block": [9, 9, 9]})
+    ledger.numerics({"chip": "a"})
+    for name in ("header.json", "numerics.json"):
+        Path(ledger.path, name).write_bytes(torn)
+    for ask in (ledger.header, lambda: ledger.create({}), lambda: ledger.numerics({})):
+        with pytest.raises(VolumeError, match=r"is damaged; nothing was done: restore it, or remove that folder"):
+            ask()
+
+
+def test_a_torn_heartbeat_or_attempt_names_no_living_driver(output: str, ledger: Ledger) -> None:
+    """They are what a power cut may leave."""
+    assert ledger.take()
+    ledger.tick({}, force=True)
+    for name in ("heartbeat.json", "attempts/00001.json"):
+        Path(ledger.path, name).write_bytes(b"")
+    second = Ledger(output, KEY)
+    assert second.driver() is None
+    assert second.take()
+    assert second.attempt == 2
 
 
 def test_receipts_are_flushed_when_they_are_due(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +139,10 @@ def test_receipts_are_flushed_when_they_are_due(ledger: Ledger, monkeypatch: pyt
     monkeypatch.setattr(module, "FLUSH_SECONDS", 1e12)
     ledger.add(receipt(1))
     ledger.tick({})
-    assert ledger.receipts() == {}
+    assert by_block(ledger) == {}
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0.0)
     ledger.tick({})
-    assert set(ledger.receipts()) == {1}
+    assert blocks(ledger) == {1}
     # Nothing new, no new segment.
     ledger.tick({}, force=True)
     assert len(segments(ledger)) == 1
@@ -116,7 +161,7 @@ def test_receipts_wait_until_they_can_be_written(ledger: Ledger, monkeypatch: py
             ledger.tick({}, force=True)
     ledger.add(receipt(2))
     ledger.tick({}, force=True)
-    assert set(ledger.receipts()) == {1, 2}
+    assert blocks(ledger) == {1, 2}
 
 
 def test_a_segment_is_never_written_over(output: str, ledger: Ledger) -> None:
@@ -128,7 +173,7 @@ def test_a_segment_is_never_written_over(output: str, ledger: Ledger) -> None:
     twin.add(receipt(2))
     with pytest.raises(JobError, match=r"00001-000000\.jsonl are in .* already, so another process drives this job"):
         twin.tick({}, force=True)
-    assert set(ledger.receipts()) == {1}
+    assert blocks(ledger) == {1}
 
 
 def test_half_a_segment_is_not_looked_at(ledger: Ledger) -> None:
@@ -137,7 +182,7 @@ def test_half_a_segment_is_not_looked_at(ledger: Ledger) -> None:
     ledger.tick({}, force=True)
     files.write_bytes(files.join(ledger.path, "receipts", ".00001-000001.jsonl.1234.tmp"), b'{"index":')
     files.write_bytes(files.join(ledger.path, "attempts", ".00009.json"), b"{")
-    assert set(ledger.receipts()) == {1}
+    assert blocks(ledger) == {1}
     assert ledger.driver() is not None
 
 
@@ -266,7 +311,7 @@ def test_a_killed_driver_is_dead_at_once(output: str, ledger: Ledger) -> None:
         assert ledger.driver() is None
         assert ledger.take()
         assert ledger.attempt == 2
-        assert set(ledger.receipts()) == {1}
+        assert blocks(ledger) == {1}
 
 
 def test_a_killed_driver_that_nobody_has_buried_is_dead_too(output: str, ledger: Ledger) -> None:
@@ -340,3 +385,54 @@ def test_a_tick_beats(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.0)
     ledger.tick({"computed": 5})
     assert json.loads(files.read_bytes(uri))["computed"] == 5
+
+
+def test_tracebacks_are_kept_up_to_a_limit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_TRACES", 3)
+    for index in range(5):
+        ledger.trace(index, "no luck", "Traceback: here")
+    folder = files.join(ledger.path, "failures")
+    texts = [files.read_bytes(files.join(folder, name)).decode() for name in files.list_names(folder)]
+    assert len(texts) == 3
+    assert all(text.startswith("no luck\n\nTraceback: here") for text in texts)
+    assert ["later ones are not kept" in text for text in texts] == [False, False, True]
+
+
+def test_receipts_come_newest_first_and_a_few_segments_at_a_time(
+    output: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ledger.take()
+    for index in range(40):
+        ledger.add(receipt(index // 2, attempt=index))
+        ledger.tick({}, force=True)
+    read: list[str] = []
+    real = files.read_bytes
+
+    def reading(uri: str) -> bytes:
+        read.append(uri)
+        return real(uri)
+
+    monkeypatch.setattr(files, "read_bytes", reading)
+    stream = Ledger(output, KEY).receipts()
+    assert [next(stream).stats["attempt"] for _ in range(3)] == [39, 37, 35]
+    assert len(read) <= 5 + module._READERS
+    assert [r.index for r in stream] == list(range(16, -1, -1))
+
+
+@pytest.mark.parametrize("index", [-1, "3", 1.5, None])
+def test_a_receipt_of_no_block_is_none(ledger: Ledger, index: object) -> None:
+    line = json.dumps({"index": index, "digests": {}, "objects": {}, "stats": {}}).encode()
+    files.create_bytes(files.join(ledger.path, "receipts", "00001-000000.jsonl"), line)
+    assert list(ledger.receipts()) == []
+
+
+def test_the_clock_says_what_is_due(output: str) -> None:
+    now = [100.0]
+    ledger = Ledger(output, KEY, clock=lambda: now[0])
+    assert ledger.take()
+    for index in range(6):
+        ledger.add(receipt(index))
+        ledger.tick({})
+        now[0] += module.FLUSH_SECONDS / 2
+    assert blocks(ledger) == set(range(5))
+    assert len(segments(ledger)) == 3

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
 
 from volseg.cli.main import build_parser
-from volseg.cli.options import parse, read_spec
+from volseg.cli.options import group_of, parse, read_spec
 from volseg.errors import SpecError
-from volseg.spec import SegmentSpec, Spec, TrainSpec
+from volseg.recipes import resolve
+from volseg.spec import AugmentSpec, SegmentSpec, Spec, TrainSpec
 
 # Every option with its text on the command line, its value in YAML, and what Python gets.
 SEGMENT: dict[str, tuple[str, Any, Any]] = {
@@ -19,7 +21,9 @@ SEGMENT: dict[str, tuple[str, Any, Any]] = {
     "patch": ("1,256,300", [1, 256, 300], (1, 256, 300)),
     "overlap": ("0.25", 0.25, 0.25),
     "blend": ("constant", "constant", "constant"),
-    "axis": ("y", "y", "y"),
+    "tile": ("1,256,300", [1, 256, 300], (1, 256, 300)),
+    "axis": ("z,y", ["z", "y"], ("z", "y")),
+    "mirror": ("", True, True),
     "roi": ("0:14,:,-3:", "0:14,:,-3:", "0:14,:,-3:"),
     "threshold": ("0.7", 0.7, 0.7),
     "probabilities": ("", True, True),
@@ -35,33 +39,56 @@ SEGMENT: dict[str, tuple[str, Any, Any]] = {
     "batch": ("3", 3, 3),
     "memory": ("1.5", 1.5, 1.5),
     "allow_device": ("0a1b2c3d4e5f", "0a1b2c3d4e5f", "0a1b2c3d4e5f"),
+    "seams": ("off", "off", "off"),
+    "seam_memory": ("0.5", 0.5, 0.5),
     "attempts": ("5", 5, 5),
     "overwrite": ("", True, True),
+    "webhook": ("https://lab/done", "https://lab/done", "https://lab/done"),
 }
 TRAIN: dict[str, tuple[str, Any, Any]] = {
-    "image": ("image.zarr", "image.zarr", "image.zarr"),
-    "labels": ("labels.zarr", "labels.zarr", "labels.zarr"),
+    "image": ("a.zarr,b.zarr", ["a.zarr", "b.zarr"], ("a.zarr", "b.zarr")),
+    "labels": ("c.zarr, d.zarr", ["c.zarr", "d.zarr"], ("c.zarr", "d.zarr")),
     "out": ("unet", "unet", "unet"),
-    "dims": ("2", 2, 2),
-    "axis": ("x", "x", "x"),
-    "train_roi": ("0:14,:,:", "0:14,:,:", "0:14,:,:"),
-    "val_roi": ("14:17,:,:", "14:17,:,:", "14:17,:,:"),
+    "mask": ("m.zarr,n.zarr", ["m.zarr", "n.zarr"], ("m.zarr", "n.zarr")),
+    "offset": ("1,2,3;0", [[1, 2, 3], 0], ((1, 2, 3), (0, 0, 0))),
+    "volume_weights": ("1,2.5", [1, 2.5], (1.0, 2.5)),
+    "train_roi": ("0:14,:,:;:,0:4,:+:,8:9,:", ["0:14,:,:", ":,0:4,:+:,8:9,:"], ("0:14,:,:", ":,0:4,:+:,8:9,:")),
+    "val_roi": ("14:17,:,:", "14:17,:,:", ("14:17,:,:",)),
+    "split": ("0.8", 0.8, 0.8),
+    "folds": ("5", 5, 5),
     "classes": ("air, pore,active material", ["air", "pore", "active material"], ("air", "pore", "active material")),
     "ignore": ("254", 254, 254),
+    "recipe": ("salt-unet", "salt-unet", "salt-unet"),
+    "init": ("other-unet", "other-unet", "other-unet"),
+    "architecture": ("fcn8", "fcn8", "fcn8"),
+    "dims": ("2", 2, 2),
+    "axis": ("x", "x", "x"),
     "patch": ("1,64,64", "1,64,64", (1, 64, 64)),
-    "batch": ("8", 8, 8),
+    "side": ("128", 128, 128),
     "widths": ("16,32,64", [16, 32, 64], (16, 32, 64)),
     "pools": ("1,2,2;2,2,2", [[1, 2, 2], [2, 2, 2]], ((1, 2, 2), (2, 2, 2))),
     "convs": ("3", 3, 3),
     "activation": ("silu", "silu", "silu"),
-    "up": ("nearest", "nearest", "nearest"),
     "norm": ("group", "group", "group"),
-    "residual": ("", True, True),
     "dropout": ("0.1", 0.1, 0.1),
+    "network": ("{residual: true}", {"residual": True}, {"residual": True}),
+    "loss": ("focal", "focal", "focal"),
+    "class_weights": ("1,2", [1, 2], (1.0, 2.0)),
+    "focal_gamma": ("1", 1, 1.0),
+    "tversky_beta": ("0.6", 0.6, 0.6),
+    "batch": ("8", 8, 8),
+    "accumulate": ("2", 2, 2),
     "learning_rate": ("0.001", 0.001, 0.001),
     "weight_decay": ("0", 0, 0.0),
+    "schedule": ("restarts", "restarts", "restarts"),
+    "cycles": ("4", 4, 4),
+    "snapshots": ("", True, True),
+    "warm_up": ("0", 0, 0.0),
+    "average": ("no", False, False),
+    "validations": ("20", 20, 20),
+    "patience": ("10", 10, 10),
     "augment": ("no", False, False),
-    "turns": ("never", "never", "never"),
+    "augmentation": ("{rings: 0.3}", {"rings": 0.3}, AugmentSpec(rings=0.3)),
     "precision": ("bf16", "bf16", "bf16"),
     "max_steps": ("500", 500, 500),
     "max_minutes": ("2.5", 2.5, 2.5),
@@ -69,15 +96,44 @@ TRAIN: dict[str, tuple[str, Any, Any]] = {
     "resume": ("no", False, False),
     "overwrite": ("", True, True),
     "device": ("cpu", "cpu", "cpu"),
-    "workers": ("1", 1, 1),
+    "threads": ("1", 1, 1),
+    "workers": ("1:4", "1:4", (1, 4)),
+    "address": ("ray://head:10001", "ray://head:10001", "ray://head:10001"),
+    "sync_norm": ("", True, True),
+    "attempts": ("5", 5, 5),
+    "webhook": ("https://lab/done", "https://lab/done", "https://lab/done"),
 }
+AUGMENT: dict[str, tuple[str, Any]] = {
+    "flips": ("no", False),
+    "turns": ("never", "never"),
+    "warp": ("0.1", 0.1),
+    "angle": ("5", 5.0),
+    "zoom": ("0.1", 0.1),
+    "shift": ("0.2", 0.2),
+    "elastic": ("0", 0.0),
+    "grey": ("0.2", 0.2),
+    "contrast": ("0.2", 0.2),
+    "brightness": ("0.3", 0.3),
+    "gamma": ("0.4", 0.4),
+    "noise": ("0.5", 0.5),
+    "shading": ("0.6", 0.6),
+    "blur": ("0.7", 0.7),
+    "rings": ("0.8", 0.8),
+    "drift": ("0.9", 0.9),
+}
+# What only goes together with another option, and what excludes others.
+PARTNERS = {"tile": {"blend": "exact"}, "snapshots": {"schedule": "restarts"}, "patience": {"val_roi": ":,:,:"}}
+EXCLUSIVE = {"split", "folds", "tile"}
+# Groups of options have no flag of their own.
+NO_FLAG = {"network", "augmentation"}
 CASES = [(SegmentSpec, "segment", SEGMENT), (TrainSpec, "train", TRAIN)]
 ONE_BY_ONE = [(model, command, table, name) for model, command, table in CASES for name in table]
 
 
 def read(command: str, *words: str) -> Spec:
     parser, known = build_parser()
-    return read_spec(parse(parser, known, [command, *words]), SegmentSpec if command != "train" else TrainSpec)
+    arguments = parse(parser, known, [command, *words])
+    return read_spec(arguments, TrainSpec, resolve) if command == "train" else read_spec(arguments, SegmentSpec)
 
 
 def refused(command: str, *words: str) -> str:
@@ -90,12 +146,18 @@ def refused(command: str, *words: str) -> str:
 def as_flags(name: str, text: str) -> list[str]:
     if name in {"input", "output"}:
         return [text]
+    if name in NO_FLAG:
+        return ["--set", f"{name}={text}"]
     flag = "--" + name.replace("_", "-")
     return [flag.replace("--", "--no-") if text == "no" else flag] if text in {"", "no"} else [flag, text]
 
 
 def required(model: type[Spec], table: dict[str, tuple[str, Any, Any]], but: str) -> dict[str, str]:
     return {n: table[n][0] for n, field in model.model_fields.items() if field.is_required() and n != but}
+
+
+def from_file(command: str, path: str) -> list[str]:
+    return [path] if command == "train" else ["--spec", path]
 
 
 def write(path: Path, values: dict[str, Any]) -> str:
@@ -115,7 +177,9 @@ def test_an_option_means_the_same_whichever_way_it_comes(
     tmp_path: Path, model: type[Spec], command: str, table: dict[str, tuple[str, Any, Any]], name: str
 ) -> None:
     text, value, expected = table[name]
-    rest = required(model, table, but=name)
+    rest = required(model, table, but=name) | PARTNERS.get(name, {})
+    if command == "train" and len(expected if isinstance(expected, tuple) else ()) != 2:
+        rest |= {n: rest[n].split(",")[0] for n in ("image", "labels") if n in rest}
     words = [word for n, t in rest.items() for word in as_flags(n, t)]
     if name in {"input", "output"}:
         words = [table[n][0] for n in ("input", "output")] + as_flags("model", table["model"][0])
@@ -123,26 +187,44 @@ def test_an_option_means_the_same_whichever_way_it_comes(
     else:
         by_flag = read(command, *words, *as_flags(name, text))
     assert getattr(by_flag, name) == expected
-    by_yaml = read(command, "--spec", write(tmp_path / "spec.yaml", {**rest, name: value}))
+    by_yaml = read(command, *from_file(command, write(tmp_path / "spec.yaml", {**rest, name: value})))
     from_rest = write(tmp_path / "rest.yaml", rest)
-    by_set = read(command, "--spec", from_rest, "--set", f"{name}={yaml.safe_dump(value, default_flow_style=True)}")
-    by_keyword = model.read({**rest, name: value})
-    by_python = model.read({**rest, name: expected})
+    assignment = f"{name}={yaml.safe_dump(value, default_flow_style=True)}"
+    by_set = read(command, *from_file(command, from_rest), "--set", assignment)
+    read_values = resolve if command == "train" else model.read
+    by_keyword = read_values({**rest, name: value})
+    by_python = read_values({**rest, name: expected})
     assert by_flag == by_yaml == by_set == by_keyword == by_python
 
 
 @pytest.mark.parametrize(("model", "command", "table"), CASES)
 def test_all_options_together(tmp_path: Path, model: type[Spec], command: str, table: dict[str, Any]) -> None:
+    table = {name: row for name, row in table.items() if name not in EXCLUSIVE}
     first = [name for name in ("input", "output") if name in table]
     flags = [
         word for name in [*first, *(n for n in table if n not in first)] for word in as_flags(name, table[name][0])
     ]
-    expected = model.read({name: value for name, (_, _, value) in table.items()})
+    read_values = resolve if command == "train" else model.read
+    expected = read_values({name: value for name, (_, _, value) in table.items()})
     assert read(command, *flags) == expected
     values = {name: value for name, (_, value, _) in table.items()}
-    assert read(command, "--spec", write(tmp_path / "spec.yaml", values)) == expected
+    assert read(command, *from_file(command, write(tmp_path / "spec.yaml", values))) == expected
     texts = {name: {"": "yes"}.get(text, text) for name, (text, _, _) in table.items()}
     assert read(command, *(word for name, text in texts.items() for word in ("--set", f"{name}={text}"))) == expected
+
+
+@pytest.mark.parametrize("name", AUGMENT)
+def test_a_group_has_dotted_flags(tmp_path: Path, name: str) -> None:
+    assert list(AUGMENT) == list(AugmentSpec.model_fields)
+    text, expected = AUGMENT[name]
+    assert getattr(AugmentSpec(), name) != expected
+    base = ("--image", "a", "--labels", "b", "--out", "c")
+    by_flag = read("train", *base, *as_flags(f"augmentation.{name}", text))
+    by_set = read("train", *base, "--set", f"augmentation.{name}={text}")
+    by_yaml = read("train", write(tmp_path / "s.yaml", {"augmentation": {name: expected}}), *base)
+    assert by_flag == by_set == by_yaml
+    assert isinstance(by_flag, TrainSpec)
+    assert by_flag.augmentation == AugmentSpec.read({name: expected})
 
 
 def test_plan_takes_what_segment_takes() -> None:
@@ -178,6 +260,14 @@ def test_a_default_comes_back_by_null(tmp_path: Path) -> None:
     spec = read("segment", "--spec", path, "--set", "workers=null")
     assert isinstance(spec, SegmentSpec)
     assert spec.workers is None
+
+
+def test_a_range_is_no_sum_of_sixties(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("image: a\nlabels: b\nout: c\nworkers: 1:4\nlearning_rate: 1e-3\nbatch: 010\nclasses: 0,1\n")
+    spec = read("train", str(path))
+    assert isinstance(spec, TrainSpec)
+    assert (spec.workers, spec.learning_rate, spec.batch, spec.classes) == ((1, 4), 1e-3, 10, ("0", "1"))
 
 
 # ---------------------------------------------------------------- nested assignments
@@ -275,22 +365,33 @@ def test_a_file_cannot_run_code(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- help
 
 
+def options(model: type[Spec], prefix: str = "") -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        group = group_of(field)
+        found |= {prefix + name: field} if group is None else options(group, f"{prefix}{name}.")
+    return found
+
+
 @pytest.mark.parametrize(("command", "model"), [("segment", SegmentSpec), ("plan", SegmentSpec), ("train", TrainSpec)])
 def test_help_explains_every_option(command: str, model: type[Spec], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     text = " ".join(build_parser()[1][command].format_help().split())
-    for name, field in model.model_fields.items():
+    # A line of help may break after a hyphen or a slash.
+    joined = text.replace("- ", "-")
+    for name, field in options(model).items():
         assert field.description
-        # A line of help may break after a hyphen or a slash.
-        assert " ".join(field.description.split()) in text.replace("- ", "-") or field.description in text
+        if name == "network":
+            continue
+        described = " ".join(field.description.split())
+        if field.default is not None and not field.is_required() and field.annotation is not bool:
+            shown = ";".join(field.default) if isinstance(field.default, tuple) else field.default
+            described += f" [default: {shown}]"
+        assert described in text or described.replace("- ", "-") in joined
         assert name.upper() in text if name in {"input", "output"} else f"--{name.replace('_', '-')}" in text
         if field.annotation is bool:
-            assert f"--no-{name}" in text
-        elif field.default is not None and not field.is_required():
-            assert f"{field.description} [default: {field.default}]" in text.replace("- ", "-") or (
-                f"{field.description} [default: {field.default}]" in text
-            )
-    assert "--spec FILE" in text
+            assert f"--no-{name.replace('_', '-')}" in text
+    assert ("SPEC.yaml" if command == "train" else "--spec FILE") in text
     assert "--set KEY=VALUE" in text
 
 
@@ -299,8 +400,9 @@ def test_help_shows_choices_and_shapes() -> None:
     assert "--patch Z,Y,X" in text
     assert "--overlap F" in text
     assert "--workers N" in text
-    assert "--blend {gaussian,constant}" in text
+    assert "--blend {gaussian,constant,exact}" in text
     assert "--roi TEXT" in text
     text = build_parser()[1]["train"].format_help()
     assert "--dims {2,3}" in text
     assert "--widths LIST" in text
+    assert "--workers N" in text

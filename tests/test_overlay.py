@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from volseg.analysis import overlay as module
-from volseg.analysis.canvas import BACKGROUND, GAP, LINE, MARGIN, nice_length
+from volseg.analysis.canvas import nice_length
 from volseg.analysis.overlay import overlay, plan_scale
 from volseg.errors import InputError, VolumeError
 from volseg.geometry import Box
+from volseg.pictures.parts import BACKGROUND, GAP, LINE, MARGIN
 from volseg.storage import ome
 from volseg.storage.volume import Layout, Volume, create_array, open_volume
 

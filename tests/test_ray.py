@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from tests.support import (
     title,
     wait_until,
 )
+from volseg import api
 from volseg.cluster import executor as executor_module
+from volseg.cluster.machines import shortage
+from volseg.cluster.session import RaySession
 from volseg.cluster.worker import SegmentActor, Started
-from volseg.errors import BundleError, InputError, WorkersLostError
+from volseg.errors import BundleError, InputError, JobError, WorkersLostError
 from volseg.execution import policy
-from volseg.inference.attempt import Failure
 from volseg.planning import Plan
+from volseg.planning.task import Task
 from volseg.spec import SegmentSpec
-from volseg.storage.ledger import Receipt
 
 pytestmark = pytest.mark.ray
 
@@ -50,6 +53,10 @@ def expected(case: Case) -> Path:
     output = case.folder / "expected.zarr"
     segment(case, output, overlap=0.25)
     return output
+
+
+def replace_actor(monkeypatch: pytest.MonkeyPatch, actor: type[SegmentActor]) -> None:
+    monkeypatch.setattr(executor_module, "RayExecutor", partial(executor_module.RayExecutor, actor=actor))
 
 
 def ends(output: Path, expected: Path, case: Case, computed: int) -> None:
@@ -69,12 +76,12 @@ def test_block_that_kills_its_process(
 
     # Classes inside functions travel to the workers by value.
     class Poisoned(SegmentActor):
-        def attempt(self, index: int) -> tuple[Receipt | Failure, int]:
-            if index == POISON:
+        def attempt(self, task: Task, *inbox: Any) -> Any:
+            if task.index == POISON:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().attempt(index)
+            return super().attempt(task, *inbox)
 
-    monkeypatch.setattr(executor_module, "SegmentActor", Poisoned)
+    replace_actor(monkeypatch, Poisoned)
     monkeypatch.setattr(policy, "MAX_CRASHES", 3)
     output = tmp_path / "out.zarr"
     report = segment(case, output, **OPTIONS, workers=2, attempts=1)
@@ -114,7 +121,7 @@ def test_bundle_gone_from_the_workers(
 
 def test_bundle_changed_under_a_serial_worker(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest that was planned with is the one that computes."""
-    from volseg.models.bundle import load_network, save_bundle
+    from volseg.models.bundle import load_networks, save_bundle
 
     mine = Case(case.image, str(shutil.copytree(case.bundle, tmp_path / "bundle")), tmp_path)
     from volseg.execution.serial import SerialExecutor
@@ -122,10 +129,10 @@ def test_bundle_changed_under_a_serial_worker(case: Case, tmp_path: Path, monkey
     start = SerialExecutor.start
 
     def other_weights(executor: SerialExecutor) -> None:
-        manifest, network = load_network(mine.bundle)
+        manifest, (network,) = load_networks(mine.bundle)
         for tensor in network.state_dict().values():
             tensor.mul_(0.5) if tensor.is_floating_point() else None
-        save_bundle(mine.bundle, network, manifest, overwrite=True)
+        save_bundle(mine.bundle, [network], manifest, overwrite=True)
         start(executor)
 
     monkeypatch.setattr(SerialExecutor, "start", other_weights)
@@ -142,7 +149,7 @@ def test_workers_that_cannot_start(case: Case, expected: Path, tmp_path: Path, m
 
     output = tmp_path / "out.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(executor_module, "SegmentActor", Stillborn)
+        replace_actor(patch, Stillborn)
         with pytest.raises(WorkersLostError, match=r"4 workers in a row could not start, .*the same command"):
             segment(case, output, **OPTIONS, workers=1)
     ends(output, expected, case, computed=BLOCKS)
@@ -156,7 +163,7 @@ def test_error_of_volseg_itself_surfaces(case: Case, tmp_path: Path, monkeypatch
         def start(self, spec: SegmentSpec, plan: Plan, bundle_digest: str) -> Started:
             raise LookupError("a bug")
 
-    monkeypatch.setattr(executor_module, "SegmentActor", Broken)
+    replace_actor(monkeypatch, Broken)
     with pytest.raises(LookupError) as raised:
         segment(case, tmp_path / "out.zarr", **OPTIONS, workers=1)
     assert raised.value.args == ("a bug",)
@@ -172,6 +179,33 @@ def test_session_that_was_there_stays(case: Case, tmp_path: Path) -> None:
     assert ray.is_initialized()
     assert ray.cluster_resources() == before  # type: ignore[no-untyped-call]
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.usefixtures("one_ray")
+def test_line_about_workers_that_find_no_room(
+    case: Case, expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else holds three of the four CPUs: one of two workers starts, and a line says what the other lacks."""
+    assert "load torch" in shortage("CPU")
+    assert "no machine with a GPU" in shortage("GPU")
+
+    class Other:
+        def here(self) -> bool:
+            return True
+
+    monkeypatch.setattr(policy, "PATIENCE_SECONDS", 0.0)
+    actor: Any = ray.remote(Other).options(num_cpus=3).remote()
+    assert ray.get(actor.here.remote())
+    notes: list[str] = []
+    output = tmp_path / "out.zarr"
+    values = {"input": case.image, "output": str(output), "model": case.bundle, **OPTIONS, "workers": 2}
+    try:
+        report = api.run_segment(SegmentSpec.read(values), None, notes.append)
+    finally:
+        ray.kill(actor)
+    assert report["status"] == "complete"
+    assert [note for note in notes if note.startswith("1 of 2 workers are ready; 1 to come: all 4 CPUs of the cluster")]
+    np.testing.assert_array_equal(labels_of(output), labels_of(expected))
 
 
 @pytest.mark.parametrize(
@@ -190,6 +224,16 @@ def test_wrong_address(case: Case, tmp_path: Path, address: str, reason: str) ->
     assert line.startswith(f"volseg: no Ray cluster answers at {address!r} (")
     assert line.endswith("nothing was done: check the address, or leave it out to run on this machine")
     assert not list(tmp_path.iterdir())
+
+
+def test_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out\nduring startup")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(JobError, match=r"Ray could not be started .*timed out during startup.*--executor serial"):
+        RaySession(None, 2).__enter__()
 
 
 def test_address_from_the_environment(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ def test_driver_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_driver_of_ray_workers_killed_then_everything(case: Case, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.zarr"
     with process(*segment_words(case, output, *RAY)) as job:
@@ -158,6 +159,7 @@ def test_interrupted(case: Case, undisturbed: Path, tmp_path: Path, number: sign
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_ray_interrupted(case: Case, undisturbed: Path, tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to the driver and to all that Ray started."""
     output = tmp_path / "out.zarr"
@@ -172,7 +174,8 @@ def test_ray_interrupted(case: Case, undisturbed: Path, tmp_path: Path) -> None:
     words = segment_words(case, output, *WORDS, "--workers", 2, "--json")
     done = run(*words)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["workers"] == {"used": 2, "lost": 0}
+    # The second one may be ready only when nothing is left.
+    assert json.loads(done.stdout)["workers"] in ({"used": used, "lost": 0} for used in (1, 2))
     assert all(line.startswith("segment: ") for line in done.stderr.splitlines()), done.stderr
     assert_whole(output, undisturbed)
 

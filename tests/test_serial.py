@@ -1,17 +1,20 @@
 """The serial executor: two blocks in hand, errors that surface where the driver waits, and a stop that stops."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from volseg.errors import BundleError, JobInterrupted
 from volseg.execution.driver import Driver, Hooks, Tally
 from volseg.execution.events import BlockDone, BlockFailed, Event, WorkerReady
+from volseg.execution.front import InOrder
 from volseg.execution.serial import SerialExecutor
-from volseg.inference.attempt import Failure
+from volseg.inference.attempt import Answer, Failure
 from volseg.planning.memory import IN_HAND
+from volseg.planning.task import Task
 from volseg.storage.ledger import Ledger, Receipt
 
 LONG = 60.0
@@ -27,19 +30,24 @@ class Local:
         self.gate = threading.Event()
         self.closed = threading.Event()
         self.begun: list[int] = []
+        self.announced: list[int] = []
         self.inside = threading.Semaphore(0)
         self.threads: set[str] = set()
         if not held:
             self.gate.set()
 
-    def attempt(self, index: int) -> Receipt | Failure:
-        self.begun.append(index)
+    def announce(self, index: int) -> None:
+        self.announced.append(index)
+
+    def attempt(self, task: Task, inbox: Sequence[Any] = ()) -> Answer | Failure:
+        self.begun.append(task.index)
         self.threads.add(threading.current_thread().name)
         self.inside.release()
         assert self.gate.wait(LONG)
         if self.closed.is_set():
             raise JobInterrupted("stopped")
-        return self.outcome(index)
+        outcome = self.outcome(task.index)
+        return outcome if isinstance(outcome, Failure) else Answer(task.index, outcome)
 
     def peak_memory(self) -> int:
         return 12345
@@ -79,14 +87,14 @@ Start = Callable[[Local], SerialExecutor]
 
 def test_a_block_comes_back_with_its_receipt(started: Start) -> None:
     executor = started(Local())
-    executor.submit(7)
+    executor.submit(Task(7), [])
     assert collect(executor, 1) == [BlockDone(Receipt(7, {}, {}), 0, 12345)]
 
 
 def test_a_failure_comes_back_as_one(started: Start) -> None:
     failure = Failure(7, "retryable", "it did not work")
     executor = started(Local(lambda index: failure))
-    executor.submit(7)
+    executor.submit(Task(7), [])
     assert collect(executor, 1) == [BlockFailed(failure)]
 
 
@@ -95,12 +103,13 @@ def test_so_many_blocks_are_in_hand_and_no_more(started: Start) -> None:
     executor = started(worker)
     for index in range(IN_HAND):
         assert executor.capacity()
-        executor.submit(index)
+        executor.submit(Task(index), [])
     assert not executor.capacity()
     # All of them run at the same time: reading beside computing beside writing.
     for _ in range(IN_HAND):
         assert worker.inside.acquire(timeout=LONG)
     assert len(worker.threads) == IN_HAND
+    assert worker.announced == list(executor.hand()) == list(range(IN_HAND))
     worker.gate.set()
     collect(executor, IN_HAND)
     assert executor.capacity()
@@ -109,14 +118,14 @@ def test_so_many_blocks_are_in_hand_and_no_more(started: Start) -> None:
 def test_a_suspect_waits_for_an_empty_hand_and_keeps_it(started: Start) -> None:
     worker = Local(held=True)
     executor = started(worker)
-    executor.submit(0)
+    executor.submit(Task(0), [])
     assert executor.capacity()
     assert not executor.capacity(alone=True)
     worker.gate.set()
     collect(executor, 1)
     worker.gate.clear()
     assert executor.capacity(alone=True)
-    executor.submit(1, alone=True)
+    executor.submit(Task(1), [], alone=True)
     assert not executor.capacity()
     assert not executor.capacity(alone=True)
     worker.gate.set()
@@ -154,8 +163,8 @@ def test_an_error_of_volseg_itself_surfaces_after_what_was_done_before(started: 
         return Receipt(index, {}, {})
 
     executor = started(Local(outcome))
-    executor.submit(0)
-    executor.submit(1)
+    executor.submit(Task(0), [])
+    executor.submit(Task(1), [])
     found = collect(executor, 1)
     order.set()
     assert found == [BlockDone(Receipt(0, {}, {}), 0, 12345)]
@@ -167,6 +176,7 @@ def test_what_was_done_before_an_error_is_not_lost(started: Start) -> None:
     """Both have happened when the driver looks: the receipt comes first, the error at the next look."""
     executor = started(Local())
     done = BlockDone(Receipt(0, {}, {}), 0, 12345)
+    executor._in_hand.append(0)
     executor._events.put(done)
     executor._events.put(ZeroDivisionError("a bug"))
     assert executor.wait(LONG) == [done]
@@ -177,8 +187,8 @@ def test_what_was_done_before_an_error_is_not_lost(started: Start) -> None:
 def test_stopping_ends_the_blocks_under_way_and_drops_the_others(started: Start) -> None:
     worker = Local(held=True)
     executor = started(worker)
-    executor.submit(0)
-    executor.submit(1)
+    executor.submit(Task(0), [])
+    executor.submit(Task(1), [])
     for _ in range(2):
         assert worker.inside.acquire(timeout=LONG)
     executor.stop()
@@ -195,9 +205,9 @@ def test_the_driver_works_off_a_job(tmp_path: Path) -> None:
 
     ledger, tally = Ledger(str(tmp_path / "out"), "key"), Tally(20)
     assert ledger.take()
-    hooks = Hooks(lambda index: 1, lambda tally: None, lambda text: None, lambda found: None)
+    hooks = Hooks(lambda index: 1, lambda tally: None, lambda text: None, lambda found, otherwise: None)
     executor = SerialExecutor(lambda: Local(outcome))
-    Driver(executor, ledger, tally, hooks, attempts=3, workers=1).run(iter(range(20)))
+    Driver(executor, ledger, tally, hooks, attempts=3).run(InOrder(range(20)))
     assert (tally.computed, tally.retried, tally.failed) == (19, 1, {5: "never"})
-    assert set(ledger.receipts()) == set(range(20)) - {5}
+    assert {receipt.index for receipt in ledger.receipts()} == set(range(20)) - {5}
     assert tally.peak_memory == 12345

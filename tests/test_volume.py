@@ -351,7 +351,7 @@ def test_storage_failures_stop_the_job_and_leave_no_part(
     def fail(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(expected):
         writer.write(Box.of(SHAPE), voxels())
     assert sorted(p.name for p in (tmp_path / "v/0/c/0/0").iterdir()) == before

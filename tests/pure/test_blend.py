@@ -14,15 +14,15 @@ windows: st.SearchStrategy[Window] = st.sampled_from(("gaussian", "constant"))
 
 @st.composite
 def axes(draw: st.DrawFn) -> AxisLattice:
-    patch = draw(st.integers(1, 48))
-    return AxisLattice(draw(st.integers(1, 130)), patch, draw(st.integers(1, patch)))
+    side, margin = draw(st.integers(1, 48)), draw(st.sampled_from((0, 0, 3, 20)))
+    return AxisLattice(draw(st.integers(1, 130)), side + 2 * margin, draw(st.integers(1, side)), margin)
 
 
 def coverage(axis: AxisLattice, window: Window) -> NDArray[np.float64]:
-    total = np.zeros(axis.size + axis.patch)
+    total = np.zeros(axis.size + axis.side)
     for i in range(axis.count):
         origin = axis.origin(i)
-        total[origin : origin + axis.patch] += axis_weights(axis, i, window)
+        total[origin : origin + axis.side] += axis_weights(axis, i, window)
     return total[: axis.size]
 
 
@@ -44,7 +44,7 @@ def test_the_weights_of_usual_patches_sum_to_one(size: int, overlap: float, wind
 def test_weights_lie_between_nothing_and_one(axis: AxisLattice, window: Window) -> None:
     for i in range(axis.count):
         weights = axis_weights(axis, i, window)
-        assert weights.shape == (axis.patch,)
+        assert weights.shape == (axis.side,)
         # The least weight that three axes can give stays far above the resolution of the fixed point.
         assert weights.min() > 0
         assert weights.max() <= 1

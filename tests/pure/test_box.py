@@ -41,6 +41,16 @@ def test_an_inverted_box_is_refused() -> None:
 
 
 @given(boxes, boxes)
+def test_a_hull_is_the_smallest_box_that_holds_both(a: Box, b: Box) -> None:
+    hull = a.hull(b)
+    assert hull == b.hull(a)
+    for axis in range(3):
+        assert hull.start[axis] in {a.start[axis], b.start[axis]}
+        assert hull.stop[axis] in {a.stop[axis], b.stop[axis]}
+    assert voxels(a) | voxels(b) <= voxels(hull)
+
+
+@given(boxes, boxes)
 def test_intersection_and_containment_are_those_of_sets(a: Box, b: Box) -> None:
     assert voxels(a.intersect(b)) == voxels(a) & voxels(b)
     assert a.intersect(b).size == b.intersect(a).size

@@ -11,12 +11,12 @@ from volseg.geometry import AxisLattice, Box, PatchLattice, Triple, stride_for
 
 @st.composite
 def axis_lattices(draw: st.DrawFn, most: int = 40) -> AxisLattice:
-    patch = draw(st.integers(1, 12))
-    return AxisLattice(draw(st.integers(1, most)), patch, draw(st.integers(1, patch)))
+    side, margin = draw(st.integers(1, 12)), draw(st.sampled_from((0, 0, 1, 2, 5)))
+    return AxisLattice(draw(st.integers(1, most)), side + 2 * margin, draw(st.integers(1, side)), margin)
 
 
 def covered(axis: AxisLattice, i: int) -> set[int]:
-    return set(range(axis.origin(i), min(axis.origin(i) + axis.patch, axis.size)))
+    return set(range(axis.origin(i), min(axis.origin(i) + axis.side, axis.size)))
 
 
 @given(axis_lattices())
@@ -25,8 +25,8 @@ def test_every_voxel_is_covered_and_every_patch_is_needed(axis: AxisLattice) -> 
     assert origins[0] == 0
     assert all(0 < b - a <= axis.stride for a, b in pairwise(origins))
     assert set().union(*(covered(axis, i) for i in range(axis.count))) == set(range(axis.size))
-    if axis.size >= axis.patch:
-        assert origins[-1] + axis.patch == axis.size
+    if axis.size >= axis.side:
+        assert origins[-1] + axis.side == axis.size
     else:
         assert origins == [0]
     # All but the last lie on the stride: the lattice is anchored to the volume.
@@ -56,22 +56,24 @@ def test_the_example_of_the_docstring() -> None:
     assert [axis.origin(i) for i in range(axis.count)] == [0, 3, 6, 7]
 
 
-@pytest.mark.parametrize("values", [(0, 4, 2), (8, 0, 0), (8, 4, 0), (8, 4, 5)])
-def test_an_impossible_lattice_is_refused(values: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="stride <= patch"):
+@pytest.mark.parametrize(
+    "values", [(0, 4, 2), (8, 0, 0), (8, 4, 0), (8, 4, 5), (8, 4, 3, 1), (8, 4, 1, 2), (8, 4, 4, -1)]
+)
+def test_an_impossible_lattice_is_refused(values: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="stride <= side"):
         AxisLattice(*values)
 
 
 @st.composite
 def lattices_with_box(draw: st.DrawFn) -> tuple[PatchLattice, Box]:
     axes = [draw(axis_lattices(most=9)) for _ in range(3)]
-    shape, patch, stride = zip(*((a.size, a.patch, a.stride) for a in axes), strict=True)
+    shape, patch, stride, margin = zip(*((a.size, a.patch, a.stride, a.margin) for a in axes), strict=True)
     spans = []
     for axis in axes:
         start = draw(st.integers(0, axis.size - 1))
         spans.append((start, draw(st.integers(start + 1, axis.size))))
     (z0, z1), (y0, y1), (x0, x1) = spans
-    return PatchLattice(shape, patch, stride), Box((z0, y0, x0), (z1, y1, x1))
+    return PatchLattice(shape, patch, stride, margin), Box((z0, y0, x0), (z1, y1, x1))
 
 
 @given(lattices_with_box())
@@ -90,8 +92,8 @@ def test_a_lattice_is_the_product_of_its_axes(case: tuple[PatchLattice, Box]) ->
 def test_reach_is_exactly_what_the_patches_read(case: tuple[PatchLattice, Box]) -> None:
     lattice, box = case
     volume = Box.of(lattice.shape)
-    reach = lattice.reach(box)
-    read = [lattice.box(i).intersect(volume) for i in lattice.touching(box)]
+    reach = lattice.read(lattice.ranges(box))
+    read = [lattice.source(i).intersect(volume) for i in lattice.touching(box)]
     assert all(reach.contains(part) for part in read)
     for axis in range(3):
         assert reach.start[axis] == min(part.start[axis] for part in read)
@@ -105,7 +107,6 @@ def test_an_empty_box_needs_nothing() -> None:
     empty = Box((3, 3, 3), (3, 5, 5))
     assert list(lattice.touching(empty)) == []
     assert lattice.count_touching(empty) == 0
-    assert lattice.reach(empty).size == 0
 
 
 def test_a_volume_smaller_than_the_patch_has_one_patch_that_sticks_out() -> None:
@@ -113,7 +114,33 @@ def test_a_volume_smaller_than_the_patch_has_one_patch_that_sticks_out() -> None
     assert lattice.count == 2
     assert lattice.box((0, 0, 0)) == Box((0, 0, 0), (1, 8, 8))
     assert lattice.box((0, 0, 1)) == Box((0, 0, 1), (1, 8, 9))
-    assert lattice.reach(Box((0, 0, 8), (1, 5, 9))) == Box((0, 0, 1), (1, 5, 9))
+    assert lattice.read(lattice.ranges(Box((0, 0, 8), (1, 5, 9)))) == Box((0, 0, 1), (1, 5, 9))
+
+
+@given(lattices_with_box())
+def test_a_patch_reads_its_answer_and_the_margin_around_it(case: tuple[PatchLattice, Box]) -> None:
+    lattice, box = case
+    for index in lattice.touching(box):
+        answer, source = lattice.box(index), lattice.source(index)
+        assert (answer.shape, source.shape) == (lattice.answer, lattice.patch)
+        margins = [
+            (b - a, d - c) for a, b, c, d in zip(source.start, answer.start, answer.stop, source.stop, strict=True)
+        ]
+        assert margins == [(m, m) for m in lattice.margin]
+
+
+def test_an_unpadded_network_s_lattice_is_that_of_its_answers() -> None:
+    """The example of the docstring: the same answers, read with a margin of 1."""
+    axis, plain = AxisLattice(10, 6, 3, 1), AxisLattice(10, 4, 3)
+    assert [axis.origin(i) for i in range(axis.count)] == [plain.origin(i) for i in range(plain.count)]
+    lattice = PatchLattice((10, 10, 10), (6, 6, 6), (3, 3, 3), (1, 1, 1))
+    assert lattice.source((0, 1, 2)) == Box((-1, 2, 5), (5, 8, 11))
+    assert axis.read(0, 1) == (0, 8)
+    assert axis.read(1, 1) == (2, 8)
+    # A volume smaller than the answer: one patch, replicated on both sides.
+    small = PatchLattice((2, 9, 9), (6, 6, 6), (3, 3, 3), (1, 1, 1))
+    assert small.box((0, 0, 0)) == Box((0, 0, 0), (4, 4, 4))
+    assert small.read(small.ranges(Box.of(small.shape))) == Box.of(small.shape)
 
 
 @given(st.tuples(*[st.integers(1, 300)] * 3), st.floats(0, 1, exclude_max=True))

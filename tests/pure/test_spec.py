@@ -23,7 +23,7 @@ def refused(model: type[SegmentSpec | TrainSpec], **values: Any) -> str:
 
 def test_the_defaults_need_no_more_than_the_places() -> None:
     spec = SegmentSpec.read(SEGMENT)
-    assert (spec.overlap, spec.blend, spec.precision, spec.executor) == (0.5, "gaussian", "fp32", "auto")
+    assert (spec.overlap, spec.blend, spec.precision, spec.executor) == (None, "gaussian", "fp32", "auto")
     assert (spec.patch, spec.block, spec.workers, spec.batch, spec.threshold) == (None,) * 5
     assert TrainSpec.read(TRAIN).ignore == 255
 
@@ -32,7 +32,7 @@ def test_the_defaults_need_no_more_than_the_places() -> None:
     ("misspelt", "right"),
     [
         ("ovelap", "overlap"),
-        ("train-roi", "train_roi"),
+        ("train_rio", "train_roi"),
         ("probabilites", "probabilities"),
         ("max_minute", "max_minutes"),
     ],
@@ -101,8 +101,8 @@ def test_a_side_is_at_least_one_voxel(value: object) -> None:
         ("batch", 1025, "less than or equal to 1024"),
         ("memory", 0, "greater than 0"),
         ("attempts", 0, "greater than or equal to 1"),
-        ("blend", "hann", "'gaussian' or 'constant'"),
-        ("precision", "fp16", "'fp32' or 'bf16'"),
+        ("blend", "hann", "'gaussian', 'constant' or 'exact'"),
+        ("precision", "fp8", "'fp32', 'bf16', 'fp16' or 'auto'"),
         ("nan", "skip", "'error' or 'fill'"),
         ("executor", "spark", "'auto', 'serial' or 'ray'"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
@@ -164,3 +164,55 @@ def test_floats_are_read_from_text() -> None:
     for text in ("1,2", "a", "", "1,2,3,4"):
         with pytest.raises(SpecError, match=f"--voxel-size {text!r}: write three numbers"):
             parse_floats(text, "--voxel-size")
+
+
+# ---------------------------------------------------------------- several volumes
+
+
+def test_one_region_stands_for_all_volumes() -> None:
+    both = {**TRAIN, "image": "a,b", "labels": "c,d"}
+    spec = TrainSpec.read({**both, "train_roi": "0:3,:,:", "offset": "1,2,3;4,5,6"})
+    assert spec.per_volume("train_roi") == ("0:3,:,:",) * 2
+    assert spec.per_volume("offset") == ((1, 2, 3), (4, 5, 6))
+    assert spec.per_volume("val_roi") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"image": "a,b"}, "2 image(s) and 1 labels: give one labels entry an image"),
+        ({"mask": "a,b"}, "1 image(s) and 2 mask"),
+        ({"volume_weights": "1,2"}, "1 image(s) and 2 volume_weights"),
+        ({"volume_weights": "0"}, "volume_weights must all be above 0"),
+        ({"train_roi": "0:1,:,:;1:2,:,:"}, "1 image(s) and 2 entries of train_roi"),
+        ({"offset": "0;1"}, "1 image(s) and 2 entries of offset"),
+        ({"split": 0.5, "val_roi": ":,:,:"}, "val_roi and split both say what validates"),
+        ({"folds": 2, "split": 0.5}, "split and folds both say what validates"),
+        ({"patience": 3}, "patience needs validation data"),
+        ({"snapshots": True}, "snapshots are taken at the ends of cycles"),
+        ({"workers": "0"}, "at least one worker"),
+        ({"workers": "3:2"}, "LOW not above HIGH"),
+        ({"workers": "two"}, "write a number of workers, or LOW:HIGH"),
+        ({"class_weights": "rare"}, "option 'class_weights'"),
+        ({"augmentation": {"rigns": 1}}, "unknown option 'augmentation.rigns' (did you mean 'augmentation.rings'?)"),
+        ({"augmentation": {"rings": -1}}, "option 'augmentation.rings': -1 is not allowed"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(values: dict[str, Any], says: str) -> None:
+    assert says in refused(TrainSpec, **values)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(2, (2, 2)), ("3", (3, 3)), ("1:4", (1, 4)), ([1, 2], (1, 2))])
+def test_workers_are_a_number_or_a_range(value: object, expected: tuple[int, int]) -> None:
+    assert TrainSpec.read({**TRAIN, "workers": value}).workers == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("balanced", "balanced"), ("1,2", (1.0, 2.0)), ([1, 2], (1.0, 2.0))])
+def test_class_weights_are_numbers_or_balanced(value: object, expected: object) -> None:
+    assert TrainSpec.read({**TRAIN, "class_weights": value}).class_weights == expected
+
+
+@pytest.mark.parametrize("value", ["z,y,x", ["z", "y", "x"]])
+def test_a_network_may_go_along_several_axes(value: object) -> None:
+    assert SegmentSpec.read({**SEGMENT, "axis": value}).axis == ("z", "y", "x")
+    assert "every axis at most once" in refused(SegmentSpec, axis="z,z")
