@@ -11,13 +11,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 PURE := .venv-pure
+EXAMPLES := .venv-examples
 # What the pure layers and their tests need, and nothing more.
 PURE_DEPS := hypothesis numpy pydantic pytest pytest-timeout pyyaml
 PIP_INSTALL := bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PINS := pyproject.toml constraints.txt
-CODE := $(wildcard volseg tests jobs)
+CODE := $(wildcard volseg tests jobs deploy)
 # Extra arguments: `make demo ARGS=--help`, `make test ARGS=tests/pure`.
-ARGS ?=
 
 # A foreign PYTHONPATH could hide the environment's own packages.
 unexport PYTHONPATH
@@ -25,16 +25,28 @@ unexport PYTHONPATH
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-pure lint format bench clean distclean
+.PHONY: help demo test test-pure chaos examples lint format bench bench-submissions bench-scale clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-all ## install volseg and run the main job on a phantom (a few minutes)
 	@$(BIN)/volseg demo $(ARGS)
 
 test: $(VENV)/.installed-dev test-pure ## run all tests
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@# What is quick and in one process runs side by side; clusters, servers and measurements have the machine for themselves.
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not ray'
+	@$(BIN)/python -m pytest -m '(slow or ray) and not chaos and not examples'
+endif
+
+chaos: $(VENV)/.installed-dev ## run the tests that kill drivers and machines under way
+	@$(BIN)/python -m pytest -m chaos $(ARGS)
+
+examples: $(VENV)/.installed-dev $(EXAMPLES)/.installed ## run the README's examples with Snakemake, Prefect and Dask
+	@VOLSEG_EXAMPLES='$(CURDIR)/$(EXAMPLES)/bin' $(BIN)/python -m pytest -m examples $(ARGS)
 
 test-pure: $(PURE)/.installed ## run the pure layers' tests without torch, ray and zarr
 	@PYTHONPATH=. $(PURE)/bin/python -c 'import importlib.util as u, sys; \
@@ -42,11 +54,12 @@ test-pure: $(PURE)/.installed ## run the pure layers' tests without torch, ray a
 	  sys.exit("$(PURE) must not hold: " + ", ".join(found) if found else 0)'
 	@PYTHONPATH=. $(PURE)/bin/python -m pytest tests/pure
 
-lint: $(VENV)/.installed-dev ## check style, types and layers
+lint: $(VENV)/.installed-dev ## check style, types, layers and the image
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy $(CODE)
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/hadolint deploy/Dockerfile
 
 format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix $(CODE)
@@ -55,12 +68,18 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 bench: $(BENCH)/.installed ## compare volseg with its peers
 	@$(BENCH)/bin/python -m tests.bench $(ARGS)
 
+bench-submissions: $(VENV)/.installed-dev ## let eight processes submit one spec at the same moment, 50 times
+	@$(BIN)/python -m tests.bench.submissions $(ARGS)
+
+bench-scale: $(VENV)/.installed-dev ## simulate 1,000 workers, and run 20,000 tiny blocks on Ray
+	@$(BIN)/python -m tests.bench.scale $(ARGS)
+
 clean: ## remove caches and build products
 	@rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environments too
-	@rm -rf $(VENV) $(BENCH) $(PURE)
+	@rm -rf $(VENV) $(BENCH) $(PURE) $(EXAMPLES)
 
 # pip is the last thing that venv makes: an environment without it was interrupted and is made again.
 %/bin/pip:
@@ -80,6 +99,12 @@ $(VENV)/.installed-dev: $(PINS) | $(BIN)/pip
 $(BENCH)/.installed: $(PINS) | $(BENCH)/bin/pip
 	@echo "installing volseg and its peers into $(BENCH) (about 3 minutes the first time)"
 	@$(BENCH)/$(PIP_INSTALL) -e '.[bench]'
+	@touch $@
+
+# Versions of their own: some of the tools want older packages than the rest.
+$(EXAMPLES)/.installed: pyproject.toml constraints-examples.txt | $(EXAMPLES)/bin/pip
+	@echo "installing the workflow tools of the README's examples into $(EXAMPLES) (about 2 minutes the first time)"
+	@$(EXAMPLES)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-examples.txt -e '.[examples]'
 	@touch $@
 
 # Without volseg itself: its dependencies would bring zarr. The tests find the package through PYTHONPATH.
