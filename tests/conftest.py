@@ -58,6 +58,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="session")
+def slow_case(case: Case) -> Case:
+    """The usual volume, and a network slow enough that even a fast machine is far from the end after a first block."""
+    from tests.support import Case, make_bundle
+
+    return Case(case.image, make_bundle(case.folder / "slow-bundle", widths=(16, 16)), case.folder)
+
+
+@pytest.fixture(scope="session")
 def flat_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A 2D network with one sigmoid channel, trained along z, and a volume."""
     from tests.support import Case, make_bundle, smooth, store

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import pytest
 import torch
 import zarr
 from numpy.typing import NDArray
@@ -25,12 +26,15 @@ from volseg.geometry import Triple
 from volseg.intensity import Scaling
 from volseg.models.bundle import save_bundle
 from volseg.models.graph import Graph
+from volseg.models.hardware import has_bf16
 from volseg.models.manifest import BundleManifest, ClassInfo
 from volseg.models.registry import build, make_config
 from volseg.spec import SegmentSpec
 
 # Two cores are all there is: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+needs_bf16 = pytest.mark.skipif(not has_bf16("cpu"), reason="no bf16 on this processor")
 
 T = TypeVar("T")
 LONGEST = 120.0

@@ -415,6 +415,12 @@ def test_a_training_gone_astray_does_not_replace_its_checkpoint(tmp_path: Path) 
     assert place.checkpoints() == before, "nothing came after it"
 
 
+def test_bf16_needs_a_processor_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("volseg.training.site.has_bf16", lambda _: False)
+    with pytest.raises(SpecError, match="--precision bf16 needs a processor that has it"):
+        train(spec_for(tmp_path, volumes(tmp_path), precision="bf16", device="cpu"))
+
+
 def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--precision fp16 needs a GPU"):
         train(spec_for(tmp_path, volumes(tmp_path), precision="fp16", device="cpu"))

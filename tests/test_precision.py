@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import Case, labels_of, make_bundle, run_json, segment, smooth, store
+from tests.support import Case, labels_of, make_bundle, needs_bf16, run_json, segment, smooth, store
 from volseg import api
 from volseg.errors import BundleError, InputError
-from volseg.inference import choose
+from volseg.inference import choice, choose, tune
 from volseg.inference.choice import Choice
 from volseg.inference.guard import MOST_DIFFERENT, NEAR, Verdict, compare
 from volseg.inference.predictor import Predictor
+from volseg.models.hardware import has_bf16
 
 OPTIONS: dict[str, Any] = {"block": "24,24,24", "overlap": 0.25}
 
@@ -65,12 +66,14 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return answers
 
 
+@needs_bf16
 def test_refused_precision_ends_the_job_before_any_work(case: Case, allowed: list[bool]) -> None:
     allowed[0] = False
     with pytest.raises(InputError, match=r"precision bf16 was refused by its guard \(bf16: 1\.000 % of 100 labels"):
         segment(case, case.folder / "out.zarr", precision="bf16", **OPTIONS)
 
 
+@needs_bf16
 def test_auto_falls_back_and_says_so(case: Case, allowed: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = segment(case, case.folder / "fp32.zarr", **OPTIONS)
     assert plain["numerics"]["forward"] == "fp32 tiled"
@@ -87,6 +90,7 @@ def test_auto_falls_back_and_says_so(case: Case, allowed: list[bool], monkeypatc
     assert report["forwards"] == plain["forwards"], "those of the guard are not the job's"
 
 
+@needs_bf16
 def test_a_network_that_overflows_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Predictor._answer
 
@@ -98,6 +102,15 @@ def test_a_network_that_overflows_is_refused(case: Case, monkeypatch: pytest.Mon
     monkeypatch.setattr(Predictor, "_answer", overflowing)
     with pytest.raises(InputError, match="bf16: the network answered NaN or Inf"):
         segment(case, case.folder / "out.zarr", precision="bf16", **OPTIONS)
+
+
+def test_bf16_is_for_processors_that_have_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (choice, tune):
+        monkeypatch.setattr(module, "has_bf16", lambda _: False)
+    monkeypatch.setattr(choice, "fast_bf16", lambda _: False)
+    with pytest.raises(InputError, match=r"bf16 needs a processor that has it.*use --precision auto or fp32"):
+        segment(case, case.folder / "out.zarr", precision="bf16", **OPTIONS)
+    assert segment(case, case.folder / "auto.zarr", precision="auto", **OPTIONS)["numerics"]["forward"] == "fp32 tiled"
 
 
 def test_fp16_is_for_gpus(case: Case) -> None:
@@ -120,7 +133,8 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_tuned_is_found_again_and_is_part_of_the_numerics(case: Case) -> None:
     found = api.tune(case.image, model=case.bundle)
     ways = {(tried["way"], tried["batch"]): tried for tried in found["tried"]}
-    assert {"fp32 plain", "fp32 tiled", "fp32 direct", "bf16 tiled"} <= {way for way, _ in ways}
+    expected = {"fp32 plain", "fp32 tiled", "fp32 direct"} | ({"bf16 tiled"} if has_bf16("cpu") else set())
+    assert expected <= {way for way, _ in ways}
     assert ways["fp32 compiled", 1]["problem"] == "cannot be compiled here (no C++ compiler)"
     assert ways["fp32 tiled", 2]["allowed"], "another batch is measured too"
     kept = Path(found["kept"])

@@ -21,7 +21,6 @@ from tests.support import (
     descendants,
     done_blocks,
     labels_of,
-    make_bundle,
     probabilities_of,
     process,
     receipts_of,
@@ -46,9 +45,8 @@ RAY = (*WORDS, "--executor", "ray", "--workers", 2)
 
 
 @pytest.fixture(scope="module")
-def case(case: Case) -> Case:
-    """The usual volume, and a network slow enough that even a fast machine is far from the end after a first block."""
-    return Case(case.image, make_bundle(case.folder / "slow-bundle", widths=(16, 16)), case.folder)
+def case(slow_case: Case) -> Case:
+    return slow_case
 
 
 @pytest.fixture(scope="module")

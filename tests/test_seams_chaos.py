@@ -18,7 +18,6 @@ from tests.support import (
     actors,
     done_blocks,
     labels_of,
-    make_bundle,
     probabilities_of,
     process,
     receipts_of,
@@ -39,9 +38,8 @@ WORDS = ("--overlap", 0.5, "--block", "8,16,10", "--probabilities", "--seams", "
 
 
 @pytest.fixture(scope="module")
-def case(case: Case) -> Case:
-    """The usual volume, and a network slow enough that even a fast machine is far from the end after a first block."""
-    return Case(case.image, make_bundle(case.folder / "slow-bundle", widths=(16, 16)), case.folder)
+def case(slow_case: Case) -> Case:
+    return slow_case
 
 
 @pytest.fixture(scope="module")

@@ -76,8 +76,8 @@ def allocation(tmp_path: Path) -> Iterator[Allocation]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.chaos
-def test_time_is_over_and_the_next_one_goes_on(allocation: Allocation, case: Case, tmp_path: Path) -> None:
-    output = tmp_path / "out.zarr"
+def test_time_is_over_and_the_next_one_goes_on(allocation: Allocation, slow_case: Case, tmp_path: Path) -> None:
+    output, case = tmp_path / "out.zarr", slow_case
     spec = {"input": case.image, "output": str(output), "model": case.bundle, **SLOW}
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     words = ("segment", "--spec", tmp_path / "spec.yaml", "--json")

@@ -14,10 +14,13 @@ from tests.support import process, run, wait_until
 from tests.train_support import scene, spec_for, volumes
 from volseg.errors import InputError, JobInterrupted, OutputExistsError, PlanError, SpecError, VolumeError
 from volseg.models.bundle import load_networks
+from volseg.models.hardware import has_bf16
 from volseg.models.manifest import read_manifest
 from volseg.training.checkpoint import Workplace
 from volseg.training.progress import TrainProgress
 from volseg.training.train import train
+
+LOW = "bf16" if has_bf16("cpu") else "auto"
 
 # ---------------------------------------------------------------- the whole of it
 
@@ -26,7 +29,7 @@ from volseg.training.train import train
     ("classes", "options"),
     [
         (2, {}),
-        (2, {"axis": "x", "train_roi": ":,:,0:30", "val_roi": ":,:,30:40", "patch": (12, 32, 1), "precision": "bf16"}),
+        (2, {"axis": "x", "train_roi": ":,:,0:30", "val_roi": ":,:,30:40", "patch": (12, 32, 1), "precision": LOW}),
         (3, {"dims": 3, "patch": (8, 24, 24), "pools": "1,2,2", "network": {"residual": True}, "max_steps": 80}),
     ],
 )

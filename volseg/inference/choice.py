@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from volseg.errors import BundleError
+from volseg.errors import BundleError, InputError
 from volseg.models.fold import Kernels
+from volseg.models.hardware import fast_bf16, has_bf16
 from volseg.planning import Plan
 from volseg.storage import files
 
@@ -31,14 +32,19 @@ class Choice:
 
 
 def candidates(asked: str, device: str) -> list[Choice]:
-    """Return what `precision` may mean on a device, best first; a reduced one needs its guard's consent."""
+    """Return what `precision` may mean on a device, best first; a reduced one needs its guard's consent.
+
+    Raises InputError for bf16 on a processor without it.
+    """
+    if asked == "bf16" and not has_bf16(device):
+        raise InputError(
+            "precision bf16 needs a processor that has it, and this one has not (on CPUs: AVX-512 or newer); nothing "
+            "was computed: use --precision auto or fp32"
+        )
     if asked != "auto":
         return [Choice(_precision(asked))]
-    if device == "cpu":
-        # Without instructions for it, bf16 is emulated and slower than fp32.
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return [Choice("bf16"), Choice("fp32")] if native else [Choice("fp32")]
-    return [Choice("fp16"), Choice("bf16"), Choice("fp32")]
+    reduced = [Choice("bf16")] if fast_bf16(device) else []
+    return [*([Choice("fp16")] if device == "cuda" else []), *reduced, Choice("fp32")]
 
 
 def tuned_place(model: str, bundle_digest: str, plan: Plan, asked: str, fingerprint: str) -> str:

@@ -18,6 +18,7 @@ from volseg.inference.predictor import Predictor, fingerprint
 from volseg.inference.worker import settle
 from volseg.journal import Note
 from volseg.models.bundle import load_networks
+from volseg.models.hardware import has_bf16
 from volseg.models.manifest import BundleManifest
 from volseg.planning import Plan
 from volseg.spec import SegmentSpec
@@ -89,8 +90,10 @@ def tune(spec: SegmentSpec, plan: Plan, bundle_digest: str, volume: Volume, note
 
 def _candidates(plan: Plan) -> list[_Candidate]:
     on_cpu = plan.device == "cpu"
-    ways = [Choice("fp32", "plain"), Choice("fp32", "compiled"), Choice("bf16"), Choice("bf16", "compiled")]
-    ways += [Choice("fp32"), Choice("fp32", "direct"), Choice("bf16", "direct")] if on_cpu else [Choice("fp16")]
+    ways = [Choice("fp32", "plain"), Choice("fp32", "compiled"), Choice("fp32")]
+    ways += [Choice("fp32", "direct")] if on_cpu else [Choice("fp16")]
+    if has_bf16(plan.device):
+        ways += [Choice("bf16"), Choice("bf16", "compiled"), *([Choice("bf16", "direct")] if on_cpu else [])]
     found = [_Candidate(way, plan.batch) for way in ways]
     return [*found, _Candidate(Choice("fp32"), 2 * plan.batch)]
 

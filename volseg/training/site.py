@@ -12,6 +12,7 @@ import torch
 
 from volseg.errors import SpecError
 from volseg.journal import Note
+from volseg.models.hardware import fast_bf16, has_bf16
 from volseg.spec import TrainSpec
 from volseg.training.distributed import Group
 from volseg.training.progress import ProgressCallback
@@ -62,7 +63,7 @@ def memory_share(device: torch.device, ranks: int = 1) -> int:
 def choose_dtype(spec: TrainSpec, device: torch.device) -> torch.dtype:
     """Return the arithmetic of the steps; left open, bf16 where the processor computes in it.
 
-    Raises SpecError for fp16 on a CPU.
+    Raises SpecError for fp16 on a CPU, and for bf16 where the processor has none.
     """
     if spec.precision == "fp16":
         if device.type == "cpu":
@@ -71,13 +72,10 @@ def choose_dtype(spec: TrainSpec, device: torch.device) -> torch.dtype:
                 "--precision auto, bf16 or fp32"
             )
         return torch.float16
-    low = spec.precision == "bf16" or (spec.precision == "auto" and _fast_bf16(device))
+    if spec.precision == "bf16" and not has_bf16(device.type):
+        raise SpecError(
+            "--precision bf16 needs a processor that has it, and this one has not (on CPUs: AVX-512 or newer); nothing "
+            "was trained: say --precision auto or fp32"
+        )
+    low = spec.precision == "bf16" or (spec.precision == "auto" and fast_bf16(device.type))
     return torch.bfloat16 if low else torch.float32
-
-
-def _fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    # Without these instructions bf16 is emulated and slower than fp32.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name)()) for name in names if hasattr(torch.cpu, name))
