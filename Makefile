@@ -38,11 +38,11 @@ ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
 	@# What is quick and in one process runs side by side; clusters, servers and measurements have the machine for themselves.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not ray'
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not ray and not chaos and not examples'
 	@$(BIN)/python -m pytest -m '(slow or ray) and not chaos and not examples'
 endif
 
-chaos: $(VENV)/.installed-dev ## run the tests that kill drivers and machines under way
+chaos: $(VENV)/.installed-dev ## run the long tests, which kill drivers, workers and machines
 	@$(BIN)/python -m pytest -m chaos $(ARGS)
 
 examples: $(VENV)/.installed-dev $(EXAMPLES)/.installed ## run the README's examples with Snakemake, Prefect and Dask

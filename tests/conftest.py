@@ -58,11 +58,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="session")
-def slow_case(case: Case) -> Case:
+def slow_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The usual volume, and a network slow enough that even a fast machine is far from the end after a first block."""
-    from tests.support import Case, make_bundle
+    from tests.support import Case, make_bundle, smooth, store
 
-    return Case(case.image, make_bundle(case.folder / "slow-bundle", widths=(16, 16)), case.folder)
+    folder = tmp_path_factory.mktemp("slow")
+    image = store(folder / "image.zarr", smooth((40, 45, 50)))
+    return Case(image, make_bundle(folder / "bundle", widths=(16, 16)), folder)
 
 
 @pytest.fixture(scope="session")

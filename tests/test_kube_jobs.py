@@ -66,6 +66,7 @@ def submit(cluster: ClusterProcess, job: Manifest, spec: dict[str, Any], folder:
     return done.stdout
 
 
+@pytest.mark.chaos
 def test_rayjob_segment(cluster: ClusterProcess, case: Case, tmp_path: Path) -> None:
     """Eight workers, as the manifest says, on two machines with one core each: the others would wait for machines."""
     job = job_of("rayjob-segment")

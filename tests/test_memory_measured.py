@@ -31,6 +31,7 @@ def measured(report: dict[str, Any]) -> tuple[int, int]:
     return memory["predicted"], memory["peak"]
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_serial_worker(bundle: str, tmp_path: Path) -> None:
     words = ("--executor", "serial", "--overlap", 0, "--block", BLOCK, "--probabilities")
@@ -45,6 +46,7 @@ def test_serial_worker(bundle: str, tmp_path: Path) -> None:
     assert predicted > 1.3 * BASELINE_SERIAL
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_an_ensemble_along_three_axes(tmp_path: Path) -> None:
     """Views take turns, and so do members: neither multiplies activations or accumulators."""
@@ -95,6 +97,7 @@ def test_ray_workers_with_shared_patches(bundle: str, tmp_path: Path) -> None:
     measured(report)
 
 
+@pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")

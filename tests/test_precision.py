@@ -156,6 +156,7 @@ def test_what_was_tuned_is_found_again_and_is_part_of_the_numerics(case: Case) -
         segment(case, case.folder / "third.zarr", **OPTIONS)
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_the_command(case: Case) -> None:
     words = ("tune", case.image, "--model", case.bundle, "--patch", "8,8,8", "--roi", "0:16,:,:")

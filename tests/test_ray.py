@@ -67,6 +67,7 @@ def ends(output: Path, expected: Path, case: Case, computed: int) -> None:
     np.testing.assert_array_equal(labels_of(output), labels_of(expected))
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_block_that_kills_its_process(
@@ -269,6 +270,7 @@ def working(cluster: Any) -> list[psutil.Process]:
     return [p for p in found if "SegmentActor.attempt" in title(p)]
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_lost_machine_is_no_strike(case: Case, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster

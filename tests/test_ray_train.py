@@ -59,6 +59,7 @@ def like(spec: TrainSpec, folder: Path, **changes: Any) -> TrainSpec:
     return spec.model_copy(update={"out": str(folder / "bundle"), **changes})
 
 
+@pytest.mark.chaos
 @pytest.mark.usefixtures("one_ray")
 def test_a_killed_worker_costs_a_restart_and_nothing_else(undisturbed: TrainSpec, tmp_path: Path) -> None:
     from volseg.cluster.ray_train import train_on_ray
@@ -117,6 +118,7 @@ def test_after_a_killed_driver_the_same_command_goes_on(undisturbed: TrainSpec, 
     assert result.steps == step + 2
 
 
+@pytest.mark.chaos
 @pytest.mark.usefixtures("one_ray")
 def test_ctrl_c_stops_after_a_checkpoint(undisturbed: TrainSpec, tmp_path: Path) -> None:
     from volseg.cluster.ray_train import train_on_ray

@@ -144,7 +144,13 @@ def test_workers_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, id="sigterm", marks=pytest.mark.chaos),
+    ],
+)
 def test_interrupted(case: Case, undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "out.zarr"
     with process(*segment_words(case, output, *SERIAL, "--json")) as job:
@@ -192,6 +198,7 @@ def assert_stopped(code: int, out: str, err: str, output: Path) -> None:
 # ---------------------------------------------------------------- two commands at once
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL], ids=["goes on", "is killed"])
 def test_second_command_waits(case: Case, undisturbed: Path, tmp_path: Path, end: signal.Signals) -> None:
     """It attaches to the job that runs, computes nothing twice, and takes over where that one dies."""
@@ -216,6 +223,7 @@ def test_second_command_waits(case: Case, undisturbed: Path, tmp_path: Path, end
     assert_whole(output, undisturbed)
 
 
+@pytest.mark.chaos
 def test_overwrite_waits_for_the_other_job(case: Case, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.zarr"
     with process(*segment_words(case, output, "--overlap", 0.5, "--block", "8,16,10", "--executor", "serial")) as first:

@@ -13,6 +13,7 @@ from volseg.storage.ledger import FLUSH_SECONDS, HEARTBEAT_SECONDS, MOST_TRACES,
 BLOCKS, WORKERS, KILLS = 5000, 50, 1
 
 
+@pytest.mark.chaos
 def test_thousands_of_blocks_on_a_cluster_that_fails(tmp_path: Path) -> None:
     """Every block is done once in the ledger, hardly one computed twice, and nothing is kept of those that are done."""
     world = World(workers=WORKERS, seconds=10)

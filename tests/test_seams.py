@@ -72,9 +72,9 @@ def test_the_plan_says_so(case: Case, tmp_path: Path) -> None:
     "options",
     [
         {"roi": "7:33,5:41,11:50", "block": "12,16,16"},
-        {"overlap": 0.7, "block": "10,10,20", "roi": ":,0:30,0:30"},
+        pytest.param({"overlap": 0.7, "block": "10,10,20", "roi": ":,0:30,0:30"}, marks=pytest.mark.chaos),
         {"overlap": 0.25, "blend": "constant", "block": "16,16,16", "batch": 3},
-        {"mirror": True, "block": "16,24,24"},
+        pytest.param({"mirror": True, "block": "16,24,24"}, marks=pytest.mark.chaos),
     ],
     ids=str,
 )
@@ -85,7 +85,9 @@ def test_whatever_is_asked_for(case: Case, tmp_path: Path, options: dict[str, An
     assert_same(found, alone(case, tmp_path / "off.zarr", **options))
 
 
-@pytest.mark.parametrize("kind", ["ensemble", "unpadded", "many", "views", "flat"])
+@pytest.mark.parametrize(
+    "kind", ["ensemble", "unpadded", pytest.param("many", marks=pytest.mark.chaos), "views", "flat"]
+)
 def test_whatever_the_network(flat_case: Case, case: Case, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"overlap": 0.5, "block": "12,16,20"}
     image = case.image

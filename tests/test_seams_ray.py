@@ -71,6 +71,7 @@ def test_voxels_never_pass_the_driver(case: Case, tmp_path: Path, monkeypatch: p
     assert all(not outcome.parcels for outcome, _ in outcomes)
 
 
+@pytest.mark.chaos
 def test_a_block_that_fails_once_and_one_that_always_fails(
     case: Case, reference: Bits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ class Doomed:
         return [ray.put(np.zeros(10**5, np.int32))]
 
 
+@pytest.mark.chaos
 def test_parcels_that_are_gone_are_no_strike(
     case: Case, reference: Bits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ with Client(sys.argv[1]) as client:
 """
 
 
+@pytest.mark.chaos
 def test_eight_at_the_same_moment(cluster: ClusterProcess, client: Client, case: Case, tmp_path: Path) -> None:
     words = [sys.executable, "-c", TOGETHER, cluster.address, case.image, str(tmp_path / "out.zarr"), case.bundle]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -133,6 +134,7 @@ def test_eight_at_the_same_moment(cluster: ClusterProcess, client: Client, case:
     assert [path.name for path in tmp_path.glob("out.zarr.volseg/*/attempts/*")] == ["00001.json"]
 
 
+@pytest.mark.chaos
 def test_cancel_and_go_on(cluster: ClusterProcess, client: Client, case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out.zarr"
     job = client.submit(spec_of(case, output, **SLOW))
@@ -196,6 +198,7 @@ def test_worker_and_driver_killed(cluster: ClusterProcess, client: Client, case:
     np.testing.assert_array_equal(labels_of(output), labels_of(whole))
 
 
+@pytest.mark.chaos
 def test_async(cluster: ClusterProcess, client: Client, case: Case, tmp_path: Path) -> None:
     async def run() -> list[str]:
         async with AsyncClient(cluster.address) as opened:

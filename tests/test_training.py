@@ -103,6 +103,7 @@ def test_other_options_do_not_resume(tmp_path: Path) -> None:
     assert result.resumed_from == 0
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_a_killed_training_goes_on(tmp_path: Path) -> None:
     data = volumes(tmp_path)

@@ -267,6 +267,7 @@ def _check_removed(bucket: str, errors: Iterable[Any]) -> None:
 
 
 _held: dict[tuple[bool, tuple[tuple[str, str], ...]], S3Files] = {}
+_inherited: list[S3Files] = []
 _lock = threading.Lock()
 
 
@@ -283,6 +284,8 @@ def filesystem(*, asynchronous: bool = False) -> S3Files:
 def _after_fork() -> None:
     global _lock  # noqa: PLW0603 - another thread of the parent may have held it
     _lock = threading.Lock()
+    # Kept alive for the sake of the process that they belong to: see Requests._client.
+    _inherited.extend(_held.values())
     _held.clear()
 
 

@@ -79,7 +79,9 @@ class Requests(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
 
     async def _client(self) -> Any:
         if self._process != os.getpid():
-            # Connections and locks of the process that this one was forked from.
+            # Connections and locks are those of the process that this one was forked from. They stay: at their end they
+            # would leave the selector, which both share, and answers would no longer reach the other one.
+            self._former.append(self._s3)
             self._process, self._s3, self._set_session_lock = os.getpid(), None, asyncio.Lock()
         return await self.set_session()
 
