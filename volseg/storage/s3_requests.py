@@ -155,6 +155,8 @@ def _region() -> dict[str, str]:
 
 def _at(client: Any, action: Action) -> Action:
     """Add to an action whom it was sent to."""
+
+    _s3: Any
     if client is None:
         return action
     meta = client.meta
