@@ -57,6 +57,7 @@ class Requests(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
     """s3fs whose operations are bounded; their errors are those of `s3_errors.judge`."""
 
     cachable = False
+    _s3: Any
 
     def __init__(self, *, asynchronous: bool) -> None:
         super().__init__(
@@ -155,8 +156,6 @@ def _region() -> dict[str, str]:
 
 def _at(client: Any, action: Action) -> Action:
     """Add to an action whom it was sent to."""
-
-    _s3: Any
     if client is None:
         return action
     meta = client.meta
