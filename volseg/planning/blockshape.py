@@ -23,12 +23,12 @@ _SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # A worker should have at least this many blocks where the job is long: what a crash costs is one of them.
 _BLOCKS_A_WORKER = 4
 _SHORT_JOB = 32  # patches a worker; below this a restart costs less than border patches computed twice
-# What a block costs beside its patches, in patches; and what sharing adds, in seconds: to cut, keep and add seams, each
-# of their bytes once on its way (copied twice, added once), and with Ray the objects of a call.
-_PATCHES_A_BLOCK = 0.02
+# What a block costs beside its patches: to read it and to store it for good; and what sharing adds: to cut, keep and add
+# seams, each of their bytes once on its way (copied twice, added once), and with Ray the objects of a call.
+_SECONDS_A_BLOCK = 0.02
 _SECONDS_A_SHARING_BLOCK = 0.002
 _SECONDS_A_BYTE = 3e-9
-_SECONDS_A_CALL = 0.02
+_SECONDS_A_CALL = 0.03
 _GOOD_ENOUGH = 0.99
 
 
@@ -183,11 +183,11 @@ class _Tables:
             seconds = _SECONDS_A_SHARING_BLOCK + passed * demand.sums * ITEMSIZE * _SECONDS_A_BYTE
             if demand.room.floor:
                 seconds += _SECONDS_A_CALL
-            each = _PATCHES_A_BLOCK + seconds / demand.patch_seconds
         else:
             total = sum(prod(load.total for load in loads) for loads in views)
             largest = sum(prod(load.largest for load in loads) for loads in views)
-            each = _PATCHES_A_BLOCK
+            seconds = 0.0
+        each = (_SECONDS_A_BLOCK + seconds) / demand.patch_seconds
         few = self._once > _SHORT_JOB * demand.workers and blocks < _BLOCKS_A_WORKER * demand.workers
         return few, _makespan(total, largest, blocks, demand.workers, each)
 

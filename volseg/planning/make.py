@@ -24,8 +24,9 @@ from volseg.planning.seams import NO_COLUMNS, NOT_SHARED, Seams
 from volseg.spec import SegmentSpec
 
 DEFAULT_OVERLAP = 0.5
-# What a worker does a second, within a factor of two: only the worth of a saved patch against a call depends on it.
-_CORE_FLOPS = 3e10
+# What a worker does a second, within a factor of two, counted as direct convolutions: only the worth of a saved patch
+# against a block's own cost depends on it.
+_CORE_FLOPS = 8e10
 _GPU_FLOPS = 5e12
 
 
