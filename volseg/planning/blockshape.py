@@ -23,8 +23,8 @@ _SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # A worker should have at least this many blocks where the job is long: what a crash costs is one of them.
 _BLOCKS_A_WORKER = 4
 _SHORT_JOB = 32  # patches a worker; below this a restart costs less than border patches computed twice
-# What a block costs beside its patches: to read it and to store it for good; and what sharing adds: to cut, keep and add
-# seams, each of their bytes once on its way (copied twice, added once), and with Ray the objects of a call.
+# What a block costs beside its patches: to read it and to store it for good; and what sharing adds: to cut, keep and
+# add seams, each of their bytes once on its way (copied twice, added once), and with Ray the objects of a call.
 _SECONDS_A_BLOCK = 0.02
 _SECONDS_A_SHARING_BLOCK = 0.002
 _SECONDS_A_BYTE = 3e-9
