@@ -206,7 +206,8 @@ def test_two_jobs_share_a_cluster(
     if limits[0] is None:
         assert "finished its blocks and left: other jobs lack their part of the cluster" in first
     else:
-        assert "other job" not in said + first
+        # A worker that is slow to start may be explained by them; none of them gives way.
+        assert "other jobs lack" not in said + first
 
 
 def test_driver_told_to_end_with_long_blocks_in_hand(case: Case, expected: Path, tmp_path: Path) -> None:
