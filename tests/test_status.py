@@ -18,7 +18,9 @@ from volseg.client.state import LOST_SECONDS, START_SECONDS, JobState, in_words,
 from volseg.cluster.jobs import RayJob
 from volseg.errors import JobInterrupted, StorageFullError, VolumeError
 from volseg.execution import segment as segment_module
-from volseg.execution.status import LedgerState, LedgerStatus, read_status
+from volseg.execution import status as status_module
+from volseg.execution.output import marks_of
+from volseg.execution.status import TRAINING, LedgerState, LedgerStatus, read_status
 from volseg.storage import ledger as ledger_module
 from volseg.storage.ledger import STALE_SECONDS, Ledger
 
@@ -102,6 +104,31 @@ def test_ended_in_its_own_words(tmp_path: Path) -> None:
     again.end(None)
     # What an earlier attempt died of does not concern the one that was stopped.
     assert read_status(str(tmp_path / "out.zarr")).state == "stopped"
+
+
+def test_a_job_that_ends_while_it_is_looked_at(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its driver wrote last counts, however early the rest was read."""
+    output, asked = tmp_path / "out.zarr", list[str]()
+    segment(case, output, overlap=0.25)
+    marks = marks_of
+    monkeypatch.setattr(Ledger, "driver", lambda ledger: asked.append(ledger.path))
+    monkeypatch.setattr(
+        status_module,
+        "marks_of",
+        lambda place: marks(place) if asked else {**(marks(place) or {}), "status": "incomplete"},
+    )
+    assert read_status(str(output)).state == "complete"
+
+
+def test_a_training_that_ends_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, asked = str(tmp_path / "bundle"), list[str]()
+    ledger = Ledger(bundle, TRAINING)
+    ledger.create({"job_key": TRAINING})
+    assert ledger.take()
+    result = {"steps": 5, "mean_foreground_dice": 0.5}
+    monkeypatch.setattr(Ledger, "driver", lambda ledger: asked.append(ledger.path))
+    monkeypatch.setattr(status_module, "finished_training", lambda *_: result if asked else None)
+    assert read_status(bundle, KEY).state == "complete"
 
 
 def test_places_without_a_job(tmp_path: Path) -> None:

@@ -82,21 +82,23 @@ def read_status(output: str, job_key: str | None = None, now: float | None = Non
     """
     output = files.absolute(output)
     now = time.time() if now is None else now
-    marks = marks_of(output)
-    key = job_key or (str(marks["job_key"]) if marks else _only_ledger(output))
+    key = job_key or _key_of(output)
     if key == TRAINING:
         return _of_training(output, None, now)
     ledger = Ledger(output, key)
     header = ledger.header()
     if header is None:
         return _of_training(output, key, now)
+    # Asked for first: what a driver that is gone left is read after it has written all of it.
+    alive = ledger.driver() is not None
+    marks = marks_of(output)
     mine = marks is not None and marks["job_key"] == key
     facts, beat = _facts(ledger, now)
     facts |= {"output": output, "job_key": key}
     attempt, report, total = facts["attempt"], facts["report"], _blocks(header)
     if mine and marks is not None and marks.get("status") == "complete":
         return LedgerStatus(**facts, state="complete", total=total, done=total)
-    if ledger.driver() is not None:
+    if alive:
         return LedgerStatus(**facts, state="running", total=total, **_pace(beat, attempt, total))
     # Nobody adds to the receipts any more, and only they tell what is done.
     facts |= {"total": total, "done": sum(1 for _ in ledger.receipts())}
@@ -123,6 +125,7 @@ def _of_training(out: str, job_key: str | None, now: float) -> LedgerStatus:
     ledger = Ledger(out, TRAINING)
     if not files.list_names(files.join(ledger.path, "attempts")):
         return LedgerStatus(out, job_key or "", "absent")
+    alive = ledger.driver() is not None
     facts, beat = _facts(ledger, now)
     attempt, report = facts["attempt"], facts["report"] or {}
     last = next((str(d["job_key"]) for d in (report, beat) if d.get("attempt") == attempt and "job_key" in d), "")
@@ -136,7 +139,7 @@ def _of_training(out: str, job_key: str | None, now: float) -> LedgerStatus:
     if beat.get("attempt") == attempt:
         facts |= {name: beat.get(name) for name in ("total", "loss", "best_dice")}
     facts |= _pace({"computed": 0, "resumed": 0, "failed": 0, **beat}, attempt, beat.get("total", 0))
-    if ledger.driver() is not None:
+    if alive:
         return LedgerStatus(**facts, state="running")
     facts |= {"seconds_left": None}
     if report.get("status") == "failed":
@@ -167,6 +170,11 @@ def _submission(attempt: int, *documents: Mapping[str, Any]) -> str:
     """Return the submission that the last attempt worked for, as far as it told."""
     told = [str(document.get("submission", "")) for document in documents if document.get("attempt") == attempt]
     return next(filter(None, told), "")
+
+
+def _key_of(output: str) -> str:
+    marks = marks_of(output)
+    return str(marks["job_key"]) if marks else _only_ledger(output)
 
 
 def _only_ledger(output: str) -> str:
