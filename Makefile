@@ -102,9 +102,9 @@ $(BENCH)/.installed: $(PINS) | $(BENCH)/bin/pip
 	@touch $@
 
 # Versions of their own: some of the tools want older packages than the rest.
-$(EXAMPLES)/.installed: pyproject.toml constraints-examples.txt | $(EXAMPLES)/bin/pip
+$(EXAMPLES)/.installed: pyproject.toml tests/constraints-examples.txt | $(EXAMPLES)/bin/pip
 	@echo "installing the workflow tools of the README's examples into $(EXAMPLES) (about 2 minutes the first time)"
-	@$(EXAMPLES)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-examples.txt -e '.[examples]'
+	@$(EXAMPLES)/bin/python -m pip install -qq --disable-pip-version-check -c tests/constraints-examples.txt -e '.[examples]'
 	@touch $@
 
 # Without volseg itself: its dependencies would bring zarr. The tests find the package through PYTHONPATH.

@@ -111,6 +111,9 @@ def test_bf16_is_for_processors_that_have_it(case: Case, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match=r"bf16 needs a processor that has it.*use --precision auto or fp32"):
         segment(case, case.folder / "out.zarr", precision="bf16", **OPTIONS)
     assert segment(case, case.folder / "auto.zarr", precision="auto", **OPTIONS)["numerics"]["forward"] == "fp32 tiled"
+    monkeypatch.setattr(tune, "_prepare", lambda *_: pytest.fail("measured what cannot be chosen"))
+    with pytest.raises(InputError, match="bf16 needs a processor that has it"):
+        api.tune(case.image, model=case.bundle, precision="bf16")
 
 
 def test_fp16_is_for_gpus(case: Case) -> None:

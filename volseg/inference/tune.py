@@ -61,6 +61,7 @@ def tune(spec: SegmentSpec, plan: Plan, bundle_digest: str, volume: Volume, note
     plan foretells is chosen; the rest is measured and reported. Raises InputError where the guard allows nothing.
     """
     settle(plan.device)
+    wanted = candidates(spec.precision, plan.device)
     manifest, networks = load_networks(spec.model)
     if manifest.digest != bundle_digest:
         raise BundleError(f"the bundle {spec.model} changed meanwhile; nothing was kept: run the same command again")
@@ -76,7 +77,7 @@ def tune(spec: SegmentSpec, plan: Plan, bundle_digest: str, volume: Volume, note
         # In turn, so that what else the machine does hits all of them.
         for candidate in usable:
             _time(candidate, plan, patches[0][0])
-    chosen = _choose(usable, spec.precision, plan)
+    chosen = _choose(usable, wanted, spec.precision, plan)
     facts = fingerprint(plan.device)
     place = tuned_place(spec.model, bundle_digest, plan, spec.precision, facts["name"])
     reference = next(candidate for candidate in usable if candidate.way == Choice("fp32", "plain")).best
@@ -130,8 +131,8 @@ def _time(candidate: _Candidate, plan: Plan, patch: Tensor) -> None:
     candidate.seconds.append(time.perf_counter() - started)
 
 
-def _choose(usable: Sequence[_Candidate], asked: str, plan: Plan) -> _Candidate:
-    precisions = {way.precision for way in candidates(asked, plan.device)}
+def _choose(usable: Sequence[_Candidate], wanted: Sequence[Choice], asked: str, plan: Plan) -> _Candidate:
+    precisions = {way.precision for way in wanted}
     allowed = [
         c for c in usable
         if c.way.precision in precisions and c.batch == plan.batch and c.way.kernels != "compiled"
@@ -143,5 +144,5 @@ def _choose(usable: Sequence[_Candidate], asked: str, plan: Plan) -> _Candidate:
             "--precision auto or fp32"
         )
     best = min(allowed, key=lambda candidate: candidate.best)
-    default = next((c for way in candidates(asked, plan.device) for c in allowed if c.way == way), best)
+    default = next((c for way in wanted for c in allowed if c.way == way), best)
     return best if best.best < (1 - _LEAST_GAIN) * default.best else default
