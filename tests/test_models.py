@@ -1,6 +1,7 @@
 """Networks: what the configuration foretells is what torch does; folding changes nothing; memory is as predicted."""
 
 import json
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -183,12 +184,14 @@ print((status("VmHWM") - before) / config.activation_bytes(tuple(patch)))
             marks=pytest.mark.chaos,
         ),
         pytest.param("inception_unet", {"dims": 2, "widths": (16, 32, 64)}, (1, 512, 512), marks=pytest.mark.chaos),
-        ("fcn8", {"dims": 2}, (1, 512, 512)),
+        pytest.param("fcn8", {"dims": 2}, (1, 512, 512), marks=pytest.mark.chaos),
     ],
 )
 def test_the_memory_of_a_forward_is_as_predicted(name: str, values: dict[str, Any], patch: Triple) -> None:
+    """The median of three processes: small objects decide which gap a tensor gets, another in each of them.
+
+    A worker's whole peak is held to 25 % in tests/test_memory_measured.py.
+    """
     words = [sys.executable, "-c", _MEASURE, name, json.dumps(values), json.dumps(patch)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    # Of these alone; small objects decide which gap a tensor gets, another in every process. A worker's whole peak is
-    # held to 25 % in tests/test_memory_measured.py.
-    assert 0.75 < float(done.stdout) < 1.3
+    ratios = [float(subprocess.run(words, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    assert 0.75 < statistics.median(ratios) < 1.3, ratios
