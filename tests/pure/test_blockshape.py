@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volseg.geometry import BlockGrid, Box, PatchLattice, Triple, stride_for
-from volseg.planning.blockshape import CHUNK_SIDE, Choice, Demand, choose_block, chunk_for, judge_block, smallest_block
-from volseg.planning.memory import GIB
+from volseg.geometry import BlockGrid, Box, Ownership, PatchLattice, Triple, stride_for
+from volseg.planning.blockscore import Demand
+from volseg.planning.blockshape import CHUNK_SIDE, Choice, choose_block, chunk_for, judge_block, smallest_block
+from volseg.planning.makespan import makespan
+from volseg.planning.memory import GIB, IN_HAND
 from volseg.planning.seams import SeamRoom, Seams
 
 
@@ -182,6 +184,49 @@ def test_shared_patches_and_an_even_load_are_sooner_done(side: int, overlap: flo
     assert shared.seams.shared or len(BlockGrid(of.shape, shared.block, region)) == 1
     assert shared.score <= alone.score
     assert shared.score[1] < 1.25 * of.count / workers + 1
+
+
+def test_few_blocks_are_laid_out_for_an_even_load() -> None:
+    """27 patches: one worker of two has at least 14, and rows of three patches would leave 15 to one of them."""
+    of = lattice((160, 160, 160), (64, 64, 64), 0.25)
+    region = Box.of(of.shape)
+    rows = judge_block(demand([of], region, 2, "on"), (48, 48, 192), always)
+    best = choose_block(demand([of], region, 2, "auto"), always)
+    assert best is not None
+    assert 14 < best.score[1] < 15 < rows.score[1]
+    assert len(BlockGrid(of.shape, best.block, region)) < len(BlockGrid(of.shape, rows.block, region))
+
+
+def test_a_long_job_has_no_long_blocks() -> None:
+    of = lattice((512, 512, 512), (64, 64, 64), 0.5)
+    region = Box.of(of.shape)
+    found = choose_block(demand([of], region, 2, "auto"), always)
+    assert found is not None
+    owner = Ownership(BlockGrid(of.shape, found.block, region), (of,), found.seams.column)
+    assert 0.5 * max(owner.most_own) <= 30
+
+
+@given(st.lists(st.integers(1, 20), max_size=40), st.integers(1, 5))
+def test_a_schedule_played_through(costs: list[int], workers: int) -> None:
+    """Second by second: who has least in hand is given the next block, as many as a worker may have."""
+    hands: list[list[int]] = [[] for _ in range(workers)]
+    left, now = list(costs), 0
+    while left or any(hands):
+        while left and min(map(len, hands)) < IN_HAND:
+            min(hands, key=len).append(left.pop(0))
+        now += 1
+        for hand in filter(None, hands):
+            hand[0] -= 1
+            if not hand[0]:
+                hand.pop(0)
+    assert makespan(costs, workers) == now
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=40), st.integers(1, 5))
+def test_no_schedule_ends_before_its_share_or_after_everything(costs: list[float], workers: int) -> None:
+    end = makespan(costs, workers)
+    assert max(*costs, sum(costs) / workers) <= end * (1 + 1e-9)
+    assert end <= sum(costs) * (1 + 1e-9)
 
 
 def test_a_small_job_computes_again_what_would_cost_more_to_pass_on() -> None:

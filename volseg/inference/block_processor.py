@@ -25,7 +25,7 @@ from volseg.inference.predictor import Predictor
 from volseg.inference.stopwatch import Waits
 from volseg.inference.transfer import Transfer, Upload
 from volseg.inference.turns import Turns
-from volseg.models.allocator import release_freed_memory
+from volseg.models.allocator import release_freed_memory, status_bytes
 from volseg.planning import Plan
 from volseg.planning.seams import ITEMSIZE
 from volseg.planning.task import Parcel, Task
@@ -100,6 +100,10 @@ class BlockProcessor:
         self._turns = Turns()
         self._kept: dict[Parcel, NDArray[np.int32]] = {}
         """What the block that was computed last gave to others, for the next one in this worker's hands."""
+        # What is there now is what the plan counts as these two, and whatever else lives in this process.
+        there = plan.memory.baseline + plan.memory.network
+        self._heap = (status_bytes("RssAnon") or 0) + plan.memory.total - there
+        """Bytes of memory of its own that the process may have when a block begins."""
 
     def cancel(self) -> None:
         """Make every `process` under way raise JobInterrupted at its next patch."""
@@ -187,7 +191,7 @@ class BlockProcessor:
         plan, index = self._plan, task.index
         owner, wanted = plan.ownership, plan.ownership.wanted(index)
         if self._device.type == "cpu":
-            release_freed_memory()
+            release_freed_memory(self._heap)
         box = owner.extent(index) if task.own else wanted
         sums = Accumulator(box, plan.lattices, self._spec.blend, self._predictor.sums, self._device)
         self._add_patches(raw, raw.own, sums)

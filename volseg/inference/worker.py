@@ -6,7 +6,6 @@ import resource
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from volseg.inference.attempt import Answer, Failure, attempt
 from volseg.inference.block_processor import BlockProcessor
 from volseg.inference.predictor import fingerprint, named
-from volseg.models.allocator import keep_freed_memory
+from volseg.models.allocator import keep_freed_memory, status_bytes
 from volseg.planning import Plan
 from volseg.planning.task import Task
 from volseg.spec import SegmentSpec
@@ -94,22 +93,13 @@ def settle(device: str) -> None:
 
 def resident_shared() -> int:
     """Return how much shared memory counts as resident in this process now, in bytes; 0 where nobody says."""
-    return _of_status("RssShmem") or 0
+    return status_bytes("RssShmem") or 0
 
 
 def resident_peak() -> int:
     """Return the largest resident size that this process ever had, in bytes."""
     # Not from getrusage, where it can be helped: there a new process begins with the peak of the one that started it.
-    if (here := _of_status("VmHWM")) is not None:
+    if (here := status_bytes("VmHWM")) is not None:
         return here
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _of_status(name: str) -> int | None:
-    """Return a size in bytes from what Linux says of this process, None where it says nothing."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:")]
-    return int(found[0]) * 1024 if found else None

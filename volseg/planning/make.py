@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from volseg.errors import PlanError, SpecError
 from volseg.geometry import AXES, BlockGrid, Box, Lattice, Ownership, PatchLattice, Triple, stride_for
-from volseg.planning.blockshape import Demand, choose_block, chunk_for, judge_block, smallest_block
+from volseg.planning.blockscore import Demand
+from volseg.planning.blockshape import choose_block, chunk_for, judge_block, smallest_block
 from volseg.planning.exact import (
     asked_tile,
     check_exact,
