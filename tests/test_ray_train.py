@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ray_cluster import cluster_process
 from tests.support import descendants, title, wait_until
 from tests.train_support import rows_of, scene, spec_for, volumes
 from volseg.errors import InputError, JobInterrupted, VolumeError, WorkersLostError
@@ -116,6 +117,50 @@ def test_after_a_killed_driver_the_same_command_goes_on(undisturbed: TrainSpec, 
     result = train(spec.model_copy(update={"max_steps": step + 2, "workers": None}))
     assert result.resumed_from == step > 0
     assert result.steps == step + 2
+
+
+GROWING = """
+import sys
+from volseg.cluster import ray_train
+from volseg.spec import TrainSpec
+ray_train._GROW_SECONDS = 1.0
+ray_train.train_on_ray(TrainSpec.model_validate_json(sys.argv[1]), note=lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.chaos
+def test_a_training_grows_when_a_machine_comes(undisturbed: TrainSpec, tmp_path: Path) -> None:
+    with cluster_process(tmp_path / "cluster", [1], None) as cluster:
+        changes = {"workers": (1, 2), "address": cluster.gcs, "max_steps": 30_000, "validations": 1000}
+        spec = like(undisturbed, tmp_path, **changes)
+        workplace = Workplace.beside(spec.out)
+        said = tmp_path / "said"
+        with said.open("w") as file:
+            words = [sys.executable, "-c", GROWING, spec.model_dump_json()]
+            driver = subprocess.Popen(words, env=cluster.environment, stdout=file, stderr=file, text=True)
+        try:
+            wait_until(workplace.checkpoints, driver)
+            assert len(train_workers(os.getpid())) == 1
+            cluster.ask("add", '{"num_cpus":1}')
+            wait_until(lambda: len(train_workers(os.getpid())) == 2, driver)
+            wait_until(lambda: "going on from step" in said.read_text(), driver)
+            found = workplace.newest_valid(print)
+            assert found is not None
+            grown = found[1]["step"]
+            wait_until(lambda: int(workplace.checkpoints()[-1].partition("-")[0]) > grown, driver)
+            driver.send_signal(signal.SIGINT)
+            driver.wait()
+        finally:
+            driver.kill()
+            driver.wait()
+    assert "attempt 2 begins with those that are there" in said.read_text()
+    found = workplace.newest_valid(print)
+    assert found is not None
+    step = found[1]["step"]
+    assert step > grown > 0
+    # What two workers left behind goes on in one process.
+    result = train(spec.model_copy(update={"max_steps": step + 2, "workers": None, "address": None}))
+    assert result.resumed_from == step
 
 
 @pytest.mark.chaos

@@ -45,6 +45,9 @@ _POLL_SECONDS = 0.3
 _SLOW_START_SECONDS = 30.0
 # A step that is under way is finished before a training stops.
 _STOP_SECONDS = 20.0
+# A training that runs with fewer workers than it may have looks this often for room. To grow it goes back to the last
+# checkpoint, so not too often.
+_GROW_SECONDS = 60.0
 # A worker whose partner died says this; the partner's death is the cause.
 _COLLATERAL = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Socket", "Broken pipe")
 
@@ -121,6 +124,7 @@ def _trainer(spec: TrainSpec, crew: _Crew, board: Any, folder: str) -> Any:
         torch_config=_torch.TorchConfig(backend="nccl" if crew.gpus else "gloo"),
         scaling_config=_train.ScalingConfig(
             num_workers=crew.low if crew.low == crew.high else (crew.low, crew.high),
+            elastic_resize_monitor_interval_s=_GROW_SECONDS,
             use_gpu=crew.gpus,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if crew.gpus else {})},
         ),
@@ -209,7 +213,7 @@ def _follow(job: _Job, board: Any, progress: ProgressCallback, note: Note, crew:
             over = job.over(_POLL_SECONDS)
             now, lines, count = ray.get(board.take.remote())
             if count > max(attempts, 1):
-                note(f"workers were lost: attempt {count} begins with those that are there")
+                note(f"workers were lost, or more came: attempt {count} begins with those that are there")
             attempts = count
             for line in lines:
                 note(line)
