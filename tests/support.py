@@ -199,6 +199,11 @@ def run_json(*words: object, **options: Any) -> dict[str, Any]:
     return document
 
 
+def long(*values: Any) -> Any:
+    """Return a case of a parametrised test that only `make chaos` runs."""
+    return pytest.param(*values, marks=pytest.mark.chaos)
+
+
 def wait_until(condition: Callable[[], T], alive: subprocess.Popen[str] | None = None) -> T:
     """Poll until `condition` holds and return its value; fails when `alive` ends before that."""
     stop = time.monotonic() + LONGEST

@@ -13,7 +13,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from tests.support import Case, labels_of, make_bundle, probabilities_of, segment, smooth, store
+from tests.support import Case, labels_of, long, make_bundle, probabilities_of, segment, smooth, store
 from volseg.errors import PlanError
 from volseg.execution import segment as segment_module
 from volseg.execution.front import InOrder
@@ -52,11 +52,11 @@ def reference(case: Case) -> Bits:
 @pytest.mark.parametrize(
     "options",
     [
-        {"block": "12,24,36"},
+        long({"block": "12,24,36"}),
         {"block": "16,16,16"},
-        {"block": "40,7,50"},
-        {"block": "24,24,24", "chunks": "12,8,6"},
-        {"block": "24,32,16", "shards": "12,16,16"},
+        long({"block": "40,7,50"}),
+        long({"block": "24,24,24", "chunks": "12,8,6"}),
+        long({"block": "24,32,16", "shards": "12,16,16"}),
         {"block": "24,32,16", "shards": "24,16,8", "chunks": "8,4,8"},
     ],
     ids=str,
@@ -75,7 +75,7 @@ def test_blocks_chunks_and_shards(case: Case, reference: Bits, tmp_path: Path, o
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("workers", "block"), [(1, "12,24,36"), (2, "16,16,16"), (3, "24,32,16")])
+@pytest.mark.parametrize(("workers", "block"), [long(1, "12,24,36"), (2, "16,16,16"), long(3, "24,32,16")])
 @pytest.mark.usefixtures("one_ray")
 def test_ray_workers(case: Case, reference: Bits, tmp_path: Path, workers: int, block: str) -> None:
     assert_same(bits(case, tmp_path / "out.zarr", executor="ray", workers=workers, block=block), reference)
@@ -108,7 +108,9 @@ def test_place_in_the_batch(case: Case, tmp_path: Path) -> None:
     assert_same(bits(case, tmp_path / "b.zarr", block="16,24,20", batch=3), whole)
 
 
-@pytest.mark.parametrize("network", [{"norm": "instance"}, {"norm": "group", "widths": (8, 16)}, {"residual": True}])
+@pytest.mark.parametrize(
+    "network", [{"norm": "instance"}, long({"norm": "group", "widths": (8, 16)}), long({"residual": True})]
+)
 def test_networks(case: Case, tmp_path: Path, network: dict[str, Any]) -> None:
     other = Case(case.image, make_bundle(tmp_path / "bundle", classes=4, **network), tmp_path)
     whole = bits(other, tmp_path / "a.zarr", block="48,48,60")
@@ -187,7 +189,7 @@ def assert_close(found: Bits, expected: NDArray[np.float64]) -> None:
 
 
 @pytest.mark.parametrize("blend", ["gaussian", "constant"])
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, long(0.9)])
 def test_blending_is_right(tmp_path: Path, blend: str, overlap: float) -> None:
     image = store(tmp_path / "image.zarr", smooth((15, 21, 13), seed=3))
     case = Case(image, make_bundle(tmp_path / "bundle"), tmp_path)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import nn
 
-from tests.support import Case, labels_of, make_bundle, probabilities_of, segment, smooth, store
+from tests.support import Case, labels_of, long, make_bundle, probabilities_of, segment, smooth, store
 from volseg import api
 from volseg.cluster.submission import identify
 from volseg.errors import InputError, VerifyError
@@ -227,7 +227,7 @@ def test_blocks_do_not_matter(case: Case, reference: Bits, tmp_path: Path, block
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("workers", "block"), [(2, "16,32,32"), (3, "32,16,16")])
+@pytest.mark.parametrize(("workers", "block"), [long(2, "16,32,32"), (3, "32,16,16")])
 @pytest.mark.usefixtures("one_ray")
 def test_workers_do_not_matter(case: Case, reference: Bits, tmp_path: Path, workers: int, block: str) -> None:
     assert_same(bits(case, tmp_path / "out.zarr", executor="ray", workers=workers, block=block), reference)

@@ -65,6 +65,7 @@ def test_onnx_gives_the_probabilities_of_raw_grey_values(flat: str, tmp_path: Pa
     assert stored["input"] == told["input"]
 
 
+@pytest.mark.chaos
 def test_a_single_member_can_be_exported(flat: str, tmp_path: Path) -> None:
     both, one = (tmp_path / name for name in ("both.pt2", "one.pt2"))
     export_program(flat, str(both))
@@ -95,6 +96,7 @@ def test_a_3d_sigmoid_is_exported_with_both_classes(tmp_path: Path) -> None:
     assert json.loads(extra["volseg.json"])["classes"] == told["classes"]
 
 
+@pytest.mark.chaos
 def test_an_unpadded_network_is_exported_with_its_margin(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", dims=2, patch=(1, 44, 44), padded=False)
     told = export_program(bundle, str(tmp_path / "net.pt2"))
@@ -108,6 +110,7 @@ def test_an_unpadded_network_is_exported_with_its_margin(tmp_path: Path) -> None
         np.testing.assert_allclose(got, expected(bundle, greys(1, 1, side, side)), atol=1e-4)
 
 
+@pytest.mark.chaos
 def test_the_smallest_sides_are_those_that_the_exported_network_takes(tmp_path: Path) -> None:
     """Coarse tensors of a single voxel are ruled out by the exporter in some networks; then a step more is needed."""
     bundle = make_bundle(tmp_path / "b", dims=2, architecture="fcn8", widths=(2, 2, 2, 2, 2), patch=(1, 32, 32))

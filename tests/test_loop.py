@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tests.ranks import Ranks, site_of, train_here, two_ranks
-from tests.support import store
+from tests.support import long, store
 from tests.train_support import rows_of, scene, spec_for, volumes
 from volseg.errors import JobError, JobInterrupted, PlanError, SpecError, StorageFullError, VolumeError
 from volseg.geometry import Box, Triple
@@ -225,7 +225,11 @@ def _fails(group: Group, spec: TrainSpec, where: str) -> str:
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("open", "VolumeError: .*image.zarr-gone"), ("read", "VolumeError: .*NaN or Inf"), ("save", "StorageFullError: ")],
+    [
+        long("open", "VolumeError: .*image.zarr-gone"),
+        ("read", "VolumeError: .*NaN or Inf"),
+        ("save", "StorageFullError: "),
+    ],
 )
 def test_an_error_on_one_rank_is_raised_on_both(tmp_path: Path, two: Ranks, where: str, message: str) -> None:
     image, labels = scene()
@@ -269,9 +273,9 @@ def test_the_first_rank_says_when_to_stop(tmp_path: Path, two: Ranks) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"dropout": 0.2, "norm": "batch"},
+        long({"dropout": 0.2, "norm": "batch"}),
         {"schedule": "plateau", "patience": 20, "validations": 8, "average": False, "class_weights": "balanced"},
-        {"schedule": "restarts", "cycles": 3, "snapshots": True, "classes": "a,b,c"},
+        long({"schedule": "restarts", "cycles": 3, "snapshots": True, "classes": "a,b,c"}),
     ],
     ids=["dropout", "plateau", "snapshots"],
 )

@@ -68,6 +68,7 @@ def test_tiles_of_several_shapes(bundle: str, tmp_path: Path) -> None:
     assert predicted > 1.3 * BASELINE_SERIAL
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_serial_worker_with_shared_patches(bundle: str, tmp_path: Path) -> None:
     """Seams wait in the same process: a layer of them, and not more for a longer volume."""

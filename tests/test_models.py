@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from tests.support import long
 from volseg.errors import BundleError
 from volseg.geometry import Triple
 from volseg.models.config import Axis, UNetConfig, to_network, to_volume
@@ -173,18 +174,11 @@ print((status("VmHWM") - before) / config.activation_bytes(tuple(patch)))
     ("name", "values", "patch"),
     [
         ("unet", {"widths": (16, 32, 64, 128)}, (64, 64, 64)),
-        pytest.param(
-            "unet", {"widths": (16, 32, 64), "residual": True, "out_channels": 8}, (48, 96, 64), marks=pytest.mark.chaos
-        ),
-        ("unet", {"dims": 2, "widths": (16, 32, 64, 128), "out_channels": 1}, (1, 512, 512)),
-        pytest.param(
-            "unet",
-            {"dims": 2, "widths": (16, 32, 64), "padded": False, "norm": "none"},
-            (1, 556, 556),
-            marks=pytest.mark.chaos,
-        ),
-        pytest.param("inception_unet", {"dims": 2, "widths": (16, 32, 64)}, (1, 512, 512), marks=pytest.mark.chaos),
-        pytest.param("fcn8", {"dims": 2}, (1, 512, 512), marks=pytest.mark.chaos),
+        long("unet", {"widths": (16, 32, 64), "residual": True, "out_channels": 8}, (48, 96, 64)),
+        long("unet", {"dims": 2, "widths": (16, 32, 64, 128), "out_channels": 1}, (1, 512, 512)),
+        long("unet", {"dims": 2, "widths": (16, 32, 64), "padded": False, "norm": "none"}, (1, 556, 556)),
+        long("inception_unet", {"dims": 2, "widths": (16, 32, 64)}, (1, 512, 512)),
+        long("fcn8", {"dims": 2}, (1, 512, 512)),
     ],
 )
 def test_the_memory_of_a_forward_is_as_predicted(name: str, values: dict[str, Any], patch: Triple) -> None:

@@ -21,6 +21,7 @@ from tests.support import (
     descendants,
     done_blocks,
     labels_of,
+    long,
     probabilities_of,
     process,
     receipts_of,
@@ -86,6 +87,7 @@ def started(job: subprocess.Popen[str], output: Path) -> None:
 # ---------------------------------------------------------------- kills
 
 
+@pytest.mark.chaos
 def test_driver_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.zarr"
     with process(*segment_words(case, output, *SERIAL)) as job:
@@ -144,13 +146,7 @@ def test_workers_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGINT, id="ctrl-c"),
-        pytest.param(signal.SIGTERM, id="sigterm", marks=pytest.mark.chaos),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, long(signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
 def test_interrupted(case: Case, undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "out.zarr"
     with process(*segment_words(case, output, *SERIAL, "--json")) as job:
@@ -285,7 +281,7 @@ def test_report_of_a_resumed_job(case: Case, undisturbed: Path, tmp_path: Path) 
     assert report["output"] == str(output)
 
 
-@pytest.mark.parametrize("array", ["0", "probabilities/0"])
+@pytest.mark.parametrize("array", [long("0"), "probabilities/0"])
 def test_damaged_objects_are_computed_again(case: Case, undisturbed: Path, tmp_path: Path, array: str) -> None:
     output = tmp_path / "out.zarr"
     segment(case, output, **OPTIONS)
@@ -303,6 +299,7 @@ def test_damaged_objects_are_computed_again(case: Case, undisturbed: Path, tmp_p
     assert_whole(output, undisturbed)
 
 
+@pytest.mark.chaos
 def test_all_objects_gone(case: Case, undisturbed: Path, tmp_path: Path) -> None:
     """The ledger alone proves nothing."""
     output = tmp_path / "out.zarr"

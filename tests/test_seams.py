@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.support import Case, done_blocks, labels_of, make_bundle, probabilities_of, segment, smooth, store
+from tests.support import Case, done_blocks, labels_of, long, make_bundle, probabilities_of, segment, smooth, store
 from volseg import api
 from volseg.errors import JobInterrupted
 from volseg.execution.driver import Tally
@@ -45,7 +45,7 @@ def reference(case: Case) -> Bits:
     return alone(case, case.folder / "seams-reference.zarr", overlap=0.5, block="40,45,50")
 
 
-@pytest.mark.parametrize("block", ["16,16,16", "12,24,36", "40,7,50", "8,45,50", "5,9,11"])
+@pytest.mark.parametrize("block", ["16,16,16", "12,24,36", "40,7,50", "8,45,50", long("5,9,11")])
 def test_every_patch_is_computed_once(case: Case, reference: Bits, tmp_path: Path, block: str) -> None:
     report, found = shared(case, tmp_path / "out.zarr", overlap=0.5, block=block)
     assert report["forwards"] == report["patches"]
@@ -72,9 +72,9 @@ def test_the_plan_says_so(case: Case, tmp_path: Path) -> None:
     "options",
     [
         {"roi": "7:33,5:41,11:50", "block": "12,16,16"},
-        pytest.param({"overlap": 0.7, "block": "10,10,20", "roi": ":,0:30,0:30"}, marks=pytest.mark.chaos),
+        long({"overlap": 0.7, "block": "10,10,20", "roi": ":,0:30,0:30"}),
         {"overlap": 0.25, "blend": "constant", "block": "16,16,16", "batch": 3},
-        pytest.param({"mirror": True, "block": "16,24,24"}, marks=pytest.mark.chaos),
+        long({"mirror": True, "block": "16,24,24"}),
     ],
     ids=str,
 )
@@ -85,9 +85,7 @@ def test_whatever_is_asked_for(case: Case, tmp_path: Path, options: dict[str, An
     assert_same(found, alone(case, tmp_path / "off.zarr", **options))
 
 
-@pytest.mark.parametrize(
-    "kind", ["ensemble", "unpadded", pytest.param("many", marks=pytest.mark.chaos), "views", "flat"]
-)
+@pytest.mark.parametrize("kind", [long("ensemble"), "unpadded", long("many"), "views", long("flat")])
 def test_whatever_the_network(flat_case: Case, case: Case, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"overlap": 0.5, "block": "12,16,20"}
     image = case.image
@@ -110,6 +108,7 @@ def test_whatever_the_network(flat_case: Case, case: Case, tmp_path: Path, kind:
     assert_same(found, alone(mine, tmp_path / "off.zarr", **options))
 
 
+@pytest.mark.chaos
 def test_columns_within_a_small_budget(case: Case, reference: Bits, tmp_path: Path) -> None:
     """Between once and as often as without seams, as the plan says; and the budget holds."""
 
@@ -180,7 +179,7 @@ def test_a_job_goes_on_in_the_other_mode(case: Case, reference: Bits, tmp_path: 
     assert_same(shared(case, tmp_path / "off.zarr", **options)[1], reference)
 
 
-@pytest.mark.parametrize("voxel", [(3, 3, 3), (20, 22, 25), (39, 44, 49)])
+@pytest.mark.parametrize("voxel", [(3, 3, 3), long((20, 22, 25)), long((39, 44, 49))])
 def test_blocks_that_fail_are_those_that_fail_alone(case: Case, tmp_path: Path, voxel: tuple[int, int, int]) -> None:
     """A voxel that is NaN: the blocks whose patches read it, whoever would have computed these patches."""
     data = smooth((40, 45, 50))
@@ -193,6 +192,7 @@ def test_blocks_that_fail_are_those_that_fail_alone(case: Case, tmp_path: Path, 
     assert_same(*[(labels_of(tmp_path / mode), probabilities_of(tmp_path / mode)) for mode in ("on", "off")])
 
 
+@pytest.mark.chaos
 def test_filled_voxels_are_counted_once(case: Case, tmp_path: Path) -> None:
     data = smooth((40, 45, 50))
     places = np.random.default_rng(0).random(data.shape) < 0.01

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from tests.support import Case, labels_of, probabilities_of, segment
+from tests.support import Case, labels_of, long, probabilities_of, segment
 from tests.test_seams import Bits, alone, assert_same, shared
 from volseg.cluster import executor as executor_module
 from volseg.cluster.slots import Slot
@@ -30,7 +30,7 @@ def reference(case: Case) -> Bits:
     return alone(case, case.folder / "seams-ray-reference.zarr", overlap=0.5, block="40,45,50")
 
 
-@pytest.mark.parametrize(("workers", "block"), [(1, "12,24,36"), (2, "16,16,16"), (3, "40,7,50")])
+@pytest.mark.parametrize(("workers", "block"), [long(1, "12,24,36"), long(2, "16,16,16"), (3, "40,7,50")])
 def test_every_patch_is_computed_once(case: Case, reference: Bits, tmp_path: Path, workers: int, block: str) -> None:
     options = {**OPTIONS, "executor": "ray", "workers": workers, "block": block}
     report, found = shared(case, tmp_path / "out.zarr", **options)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import process, run, wait_until
+from tests.support import long, process, run, wait_until
 from tests.train_support import scene, spec_for, volumes
 from volseg.errors import InputError, JobInterrupted, OutputExistsError, PlanError, SpecError, VolumeError
 from volseg.models.bundle import load_networks
@@ -30,7 +30,7 @@ LOW = "bf16" if has_bf16("cpu") else "auto"
     [
         (2, {}),
         (2, {"axis": "x", "train_roi": ":,:,0:30", "val_roi": ":,:,30:40", "patch": (12, 32, 1), "precision": LOW}),
-        (3, {"dims": 3, "patch": (8, 24, 24), "pools": "1,2,2", "network": {"residual": True}, "max_steps": 80}),
+        long(3, {"dims": 3, "patch": (8, 24, 24), "pools": "1,2,2", "network": {"residual": True}, "max_steps": 80}),
     ],
 )
 def test_it_learns_and_writes_a_bundle(tmp_path: Path, classes: int, options: dict[str, Any]) -> None:

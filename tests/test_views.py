@@ -14,7 +14,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from tests.support import Case, labels_of, make_bundle, probabilities_of, segment, smooth, store
+from tests.support import Case, labels_of, long, make_bundle, probabilities_of, segment, smooth, store
 from volseg import api
 from volseg.errors import InputError, OutputExistsError, PlanError
 from volseg.geometry import Box, Triple
@@ -156,7 +156,7 @@ def test_the_answer_is_that_of_a_plain_loop(whole: Whole) -> None:
     assert_close(found, blended(case, way))
 
 
-@pytest.mark.parametrize("block", ["6,8,5", "11,5,9"])
+@pytest.mark.parametrize("block", [long("6,8,5"), "11,5,9"])
 def test_blocks_change_nothing(whole: Whole, tmp_path: Path, block: str) -> None:
     case, way, found = whole
     assert_same(bits(case, tmp_path / "out.zarr", block=block, **way.options), found)
