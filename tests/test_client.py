@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,6 +195,25 @@ def test_token_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_p
         (job,) = JobsApi(server.address).jobs()
         assert (job.id, job.started, job.over) == ("a", 5.0, False)
         assert [given for _, _, given in server.seen] == [None, f"Bearer {TOKEN}"]
+
+
+def test_threads_of_one_client_ask_for_the_token_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one that comes while the first one looks for the token waits, and has it, too."""
+    found: list[list[RayJob]] = []
+    with Server(lambda *_: (200, []), TOKEN) as server:
+        api = JobsApi(server.address)
+        second = threading.Thread(target=lambda: found.append(api.jobs()))
+
+        def find() -> str:
+            second.start()
+            second.join(0.2)
+            return TOKEN
+
+        monkeypatch.setattr(jobs_module, "find_token", find)
+        assert api.jobs() == []
+        second.join()
+        assert found == [[]]
+        assert [given for _, _, given in server.seen] == [None, f"Bearer {TOKEN}", f"Bearer {TOKEN}"]
 
 
 def test_token_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -77,6 +78,18 @@ class Submission:
     runtime_env: Json = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Access:
+    """How a cluster is entered: with a token, or by anybody."""
+
+    token: str | None = field(repr=False)
+
+    @property
+    def protected(self) -> bool:
+        """Tell whether a token is asked for."""
+        return self.token is not None
+
+
 class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         """Follow nothing: the token would travel along."""
@@ -120,23 +133,27 @@ class JobsApi:
         # A proxy could not reach what only this machine sees.
         handlers = [_NoRedirect(), *[ProxyHandler({})] * is_loopback(self.address)]
         self._opener: OpenerDirector = build_opener(*handlers)
-        self._token: str | None = None
-        self._protected: bool | None = None
+        self._asking = threading.Lock()
+        self._access: _Access | None = None
 
     @property
     def protected(self) -> bool:
         """Tell whether the cluster lets in nobody without a token; raises UnreachableError."""
-        if self._protected is None:
-            status, _ = self._exchange("GET", "/api/jobs/volseg-asks-who-may-enter", None, token=None)
-            self._protected = status in {401, 403}
-            if self._protected:
-                self._token = find_token()
-                if self._token is None:
+        return self._enter().protected
+
+    def _enter(self) -> _Access:
+        """Return how the cluster is entered; of several threads the first one asks, and the others wait."""
+        with self._asking:
+            if self._access is None:
+                status, _ = self._exchange("GET", "/api/jobs/volseg-asks-who-may-enter", None, token=None)
+                token = find_token() if status in {401, 403} else None
+                if status in {401, 403} and token is None:
                     raise AccessError(
                         f"the cluster at {self.address} wants a token; nothing was done: put it into {TOKEN}, or the "
                         f"path of its file into {TOKEN_PATH}"
                     )
-        return self._protected
+                self._access = _Access(token)
+            return self._access
 
     def refuse_unprotected(self, *, insecure: bool) -> None:
         """Raise UnprotectedError where everybody in the network could run code on the cluster, unless `insecure`."""
@@ -199,7 +216,7 @@ class JobsApi:
         return self._request(method, path, None)
 
     def _request(self, method: str, path: str, body: Json | None) -> tuple[int, str]:
-        status, text = self._exchange(method, path, body, token=self._token if self.protected else None)
+        status, text = self._exchange(method, path, body, token=self._enter().token)
         if status in {401, 403}:
             raise AccessError(
                 f"the cluster at {self.address} refused the token ({status}); nothing was done: {TOKEN} or the file of "
