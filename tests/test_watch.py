@@ -193,7 +193,6 @@ def test_metrics(site: Site, tmp_path: Path) -> None:
     assert '{"time"' not in shown
 
 
-@pytest.mark.chaos
 def test_a_leaky_job(site: Site, tmp_path: Path) -> None:
     """An error that repeats a whole request, on a cluster with a worker that says that it has a GPU."""
     release = tmp_path / "release"
