@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support import make_bundle
+from tests.support import Case, make_bundle
 from volseg.errors import NonFiniteError
 from volseg.geometry import Box, PatchLattice
 from volseg.inference.accumulator import Accumulator
@@ -86,6 +89,33 @@ class Recording(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(x.clone())
         return torch.cat([x[:, :1] * (c + 1) for c in range(self.classes)], dim=1)
+
+
+def test_what_an_earlier_job_freed_does_not_raise_what_the_next_one_may_hold(case: Case, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", _TWO_JOBS, case.image, str(tmp_path / "out.zarr"), case.bundle]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    first, second = json.loads(done.stdout)
+    assert second - first < FREED // 4
+
+
+FREED = 400 << 20
+
+_TWO_JOBS = f"""
+import json, sys
+import torch
+from volseg.execution.output import create_output
+from volseg.execution.prepare import local_cores, prepare
+from volseg.inference.worker import Worker
+from volseg.spec import SegmentSpec
+spec = SegmentSpec.read(dict(zip(("input", "output", "model"), sys.argv[1:])) | {{"executor": "serial"}})
+job = prepare(spec, local_cores(spec), "serial")
+create_output(job)
+first = Worker(job.spec, job.plan, job.bundle_digest)
+large, small = torch.ones({FREED} // 4), torch.ones(100)
+del large
+second = Worker(job.spec, job.plan, job.bundle_digest, first)
+print(json.dumps([worker._processor._heap for worker in (first, second)]))
+"""
 
 
 def manifest_of(tmp_path: Path, classes: int = 3, **more: Any) -> BundleManifest:

@@ -100,7 +100,9 @@ class BlockProcessor:
         self._turns = Turns()
         self._kept: dict[Parcel, NDArray[np.int32]] = {}
         """What the block that was computed last gave to others, for the next one in this worker's hands."""
-        # What is there now is what the plan counts as these two, and whatever else lives in this process.
+        # What lives now is what the plan counts as these two, and whatever else lives in this process. What an earlier
+        # job freed must not count: what a worker may hold would grow from job to job.
+        release_freed_memory(0)
         there = plan.memory.baseline + plan.memory.network
         self._heap = (status_bytes("RssAnon") or 0) + plan.memory.total - there
         """Bytes of memory of its own that the process may have when a block begins."""
