@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import Case, make_bundle, run_json, segment, segment_words, smooth, store
-from volseg.planning.memory import BASELINE_SERIAL
+from tests.support import Case, long, make_bundle, run_json, segment, segment_words, smooth, store
+from volseg.planning.memory import BASELINE_LOCAL
 
 # So that what a block costs weighs as much as what Python and torch occupy before the first one.
 SIDE = 96
@@ -43,7 +43,7 @@ def test_serial_worker(bundle: str, tmp_path: Path) -> None:
     (predicted, _), (again, _) = found
     assert again == predicted
     # What a block costs must weigh: the rest is Python, torch and zarr.
-    assert predicted > 1.3 * BASELINE_SERIAL
+    assert predicted > 1.3 * BASELINE_LOCAL
 
 
 @pytest.mark.chaos
@@ -55,7 +55,7 @@ def test_an_ensemble_along_three_axes(tmp_path: Path) -> None:
     report = run_json(*segment_words(volume(tmp_path, SIDE, bundle), tmp_path / "out.zarr", *words))
     predicted, _ = measured(report)
     assert report["forwards"] == 2 * 3 * SIDE
-    assert predicted > 1.3 * BASELINE_SERIAL
+    assert predicted > 1.3 * BASELINE_LOCAL
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_tiles_of_several_shapes(bundle: str, tmp_path: Path) -> None:
     report = run_json(*segment_words(volume(tmp_path, 144, bundle), tmp_path / "out.zarr", *words))
     predicted, _ = measured(report)
     assert report["forwards"] == report["patches"] == 27
-    assert predicted > 1.3 * BASELINE_SERIAL
+    assert predicted > 1.3 * BASELINE_LOCAL
 
 
 @pytest.mark.chaos
@@ -82,7 +82,19 @@ def test_serial_worker_with_shared_patches(bundle: str, tmp_path: Path) -> None:
         assert 0 < report["seams"]["most_bytes"] <= report["seams"]["bound_bytes"]
         found.append(measured(report))
     assert found[0][0] == found[1][0]
-    assert found[0][0] > 1.3 * BASELINE_SERIAL
+    assert found[0][0] > 1.3 * BASELINE_LOCAL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seams", ["on", long("off")])
+def test_threads(bundle: str, tmp_path: Path, seams: str) -> None:
+    """Python, torch and the network count once, and what waits between blocks too; all else for every worker."""
+    image = store(tmp_path / "long.zarr", smooth((480, SIDE, SIDE)), "float32", chunks=(32, 64, 64))
+    words = ("--executor", "threads", "--workers", 3, "--overlap", 0.5, "--block", "48,96,96", "--seams", seams)
+    report = run_json(*segment_words(Case(image, bundle, tmp_path), tmp_path / "out.zarr", *words))
+    assert report["workers"]["used"] == 3
+    predicted, _ = measured(report)
+    assert predicted > 1.3 * BASELINE_LOCAL / 3
 
 
 @pytest.mark.ray

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,17 @@ import pytest
 
 from tests.support import Case, labels_of, probabilities_of, receipts_of, segment, status_of
 from volseg.errors import InputError, OutputExistsError, VerifyError, VolumeError
+from volseg.execution.executors import executor_of
 from volseg.execution.output import clear_for, create_output, finish, inspected
-from volseg.execution.prepare import Cores, Prepared, executor_of, local_cores, prepare
+from volseg.execution.prepare import Cores, Prepared, local_cores, prepare
 from volseg.execution.verify import verify
 from volseg.planning.memory import GIB
 from volseg.spec import SegmentSpec
 from volseg.storage import files
 from volseg.storage.ledger import Ledger
+
+LONG = {"patch": "256,256,256"}
+"""Patches whose forwards take long."""
 
 OPTIONS: dict[str, Any] = {"block": "24,24,32", "overlap": 0.25, "probabilities": True}
 
@@ -294,27 +300,53 @@ def test_places_are_made_absolute(case: Case, monkeypatch: pytest.MonkeyPatch) -
     ("options", "workers", "expected"),
     [
         ({}, 1, "serial"),
+        (LONG, 8, "threads"),
+        (LONG, 9, "ray"),
         ({}, 4, "ray"),
+        ({"patch": "96,96,96"}, 2, "threads"),
+        ({"patch": "96,96,96"}, 8, "ray"),
         ({"workers": 1}, 4, "serial"),
-        ({"workers": 2}, 1, "ray"),
+        ({"workers": 2, **LONG}, 1, "threads"),
         ({"executor": "serial"}, 4, "serial"),
+        ({"executor": "threads"}, 64, "threads"),
         ({"executor": "ray"}, 1, "ray"),
         ({"address": "auto", "workers": 1}, 1, "ray"),
     ],
 )
 def test_which_executor(case: Case, tmp_path: Path, options: dict[str, Any], workers: int, expected: str) -> None:
+    """Threads share Python's lock: few of them, and fewer where forwards are short."""
     assert executor_of(spec_of(case, tmp_path, **options), Cores(4, 0, "cpu", workers, GIB)) == expected
 
 
-def test_serial_has_no_address(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="serial uses no cluster"):
-        executor_of(spec_of(case, tmp_path, executor="serial", address="auto"), Cores(4, 0, "cpu", 4, GIB))
+def test_gpus_are_for_actors(case: Case, tmp_path: Path) -> None:
+    """One a GPU: threads of one process are for CPU cores."""
+    cores = Cores(8, 2, "cuda", 2, GIB)
+    assert executor_of(spec_of(case, tmp_path), cores) == "ray"
+    assert executor_of(spec_of(case, tmp_path), Cores(8, 1, "cuda", 1, GIB)) == "serial"
+    with pytest.raises(InputError, match="threads computes on CPU cores, and this machine has a GPU"):
+        executor_of(spec_of(case, tmp_path, executor="threads"), cores)
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_what_runs_in_this_process_has_no_address(case: Case, tmp_path: Path, executor: str) -> None:
+    with pytest.raises(InputError, match=f"{executor} uses no cluster"):
+        executor_of(spec_of(case, tmp_path, executor=executor, address="auto"), Cores(4, 0, "cpu", 4, GIB))
+
+
+def test_a_program_that_uses_ray_goes_on_using_it(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be connected to a cluster; that ray was imported, or looked at, says nothing."""
+    spec, cores = spec_of(case, tmp_path, **LONG), Cores(4, 0, "cpu", 4, GIB)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    assert executor_of(spec, cores) == "threads"
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    assert executor_of(spec, cores) == "ray"
 
 
 def test_ray_is_named_where_it_is_missing(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cores = Cores(4, 0, "cpu", 4, GIB)
-    assert executor_of(spec_of(case, tmp_path), cores) == "serial"
+    assert executor_of(spec_of(case, tmp_path), cores) == "threads", "whatever the forwards: there is nothing else"
     with pytest.raises(InputError, match=r"pip install 'volseg\[ray\]'"):
         executor_of(spec_of(case, tmp_path, executor="ray"), cores)
 
@@ -334,6 +366,7 @@ def test_the_memory_of_a_machine_is_shared_by_its_workers(case: Case, tmp_path: 
     assert prepare(spec, cores, "ray").plan.memory_limit == GIB
     assert prepare(spec.model_copy(update={"workers": 2}), cores, "ray").plan.memory_limit == 4 * GIB
     assert prepare(spec, cores, "serial").plan.memory_limit == 8 * GIB
+    assert prepare(spec, cores, "threads").plan.memory_limit == GIB
     assert prepare(spec.model_copy(update={"memory": 1.5}), cores, "ray").plan.memory_limit == 3 * GIB // 2
     assert prepare(spec, Cores(64, 0, "cpu", 64, 8 * GIB, slots=4), "ray").plan.memory_limit == 2 * GIB
     assert prepare(spec, Cores(1, 0, "cpu", 1, 64 * GIB), "serial").plan.memory_limit == 8 * GIB

@@ -125,18 +125,18 @@ def test_bundle_changed_under_a_serial_worker(case: Case, tmp_path: Path, monkey
     from volseg.models.bundle import load_networks, save_bundle
 
     mine = Case(case.image, str(shutil.copytree(case.bundle, tmp_path / "bundle")), tmp_path)
-    from volseg.execution.serial import SerialExecutor
+    from volseg.execution.local import LocalExecutor
 
-    start = SerialExecutor.start
+    start = LocalExecutor.start
 
-    def other_weights(executor: SerialExecutor) -> None:
+    def other_weights(executor: LocalExecutor) -> None:
         manifest, (network,) = load_networks(mine.bundle)
         for tensor in network.state_dict().values():
             tensor.mul_(0.5) if tensor.is_floating_point() else None
         save_bundle(mine.bundle, [network], manifest, overwrite=True)
         start(executor)
 
-    monkeypatch.setattr(SerialExecutor, "start", other_weights)
+    monkeypatch.setattr(LocalExecutor, "start", other_weights)
     with pytest.raises(BundleError, match="changed while the job ran"):
         segment(mine, tmp_path / "out.zarr")
     assert status_of(tmp_path / "out.zarr") == "incomplete"

@@ -42,6 +42,7 @@ BLOCKS = 75
 OPTIONS: dict[str, Any] = {"overlap": 0.5, "block": "8,16,10", "probabilities": True}
 WORDS = ("--overlap", 0.5, "--block", "8,16,10", "--probabilities")
 SERIAL = (*WORDS, "--executor", "serial")
+THREADS = (*WORDS, "--executor", "threads", "--workers", 2)
 RAY = (*WORDS, "--executor", "ray", "--workers", 2)
 
 
@@ -87,14 +88,14 @@ def started(job: subprocess.Popen[str], output: Path) -> None:
 # ---------------------------------------------------------------- kills
 
 
-@pytest.mark.chaos
-def test_driver_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [long(SERIAL), THREADS], ids=["serial", "threads"])
+def test_driver_killed(case: Case, undisturbed: Path, tmp_path: Path, words: tuple[object, ...]) -> None:
     output = tmp_path / "out.zarr"
-    with process(*segment_words(case, output, *SERIAL)) as job:
+    with process(*segment_words(case, output, *words)) as job:
         started(job, output)
         os.kill(job.pid, signal.SIGKILL)
         assert job.wait(LONGEST) == -signal.SIGKILL
-    assert_resumes(case, output, undisturbed, SERIAL)
+    assert_resumes(case, output, undisturbed, words)
 
 
 @pytest.mark.ray
@@ -146,10 +147,16 @@ def test_workers_killed(case: Case, undisturbed: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, long(signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
-def test_interrupted(case: Case, undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [long(signal.SIGINT, SERIAL), long(signal.SIGTERM, SERIAL), (signal.SIGINT, THREADS)],
+    ids=["ctrl-c", "sigterm", "ctrl-c to threads"],
+)
+def test_interrupted(
+    case: Case, undisturbed: Path, tmp_path: Path, number: signal.Signals, words: tuple[object, ...]
+) -> None:
     output = tmp_path / "out.zarr"
-    with process(*segment_words(case, output, *SERIAL, "--json")) as job:
+    with process(*segment_words(case, output, *words, "--json")) as job:
         started(job, output)
         job.send_signal(number)
         out, err = job.communicate(timeout=LONGEST)
@@ -171,7 +178,7 @@ def test_ray_interrupted(case: Case, undisturbed: Path, tmp_path: Path) -> None:
         assert not psutil.wait_procs(workers, timeout=LONGEST)[1]
     assert_stopped(job.returncode, out, err, output)
     # Ray's daemons and workers are chatty: the second run's stdout holds its report alone, its stderr progress alone.
-    words = segment_words(case, output, *WORDS, "--workers", 2, "--json")
+    words = segment_words(case, output, *RAY, "--json")
     done = run(*words)
     assert done.returncode == 0, done.stderr
     # The second one may be ready only when nothing is left.

@@ -16,7 +16,7 @@ from tests.test_seams import Bits, alone, assert_same, shared
 from volseg.cluster import executor as executor_module
 from volseg.cluster.slots import Slot
 from volseg.cluster.worker import SegmentActor
-from volseg.execution import serial
+from volseg.execution import local
 from volseg.geometry import BlockGrid, Box, Ownership, PatchLattice
 from volseg.planning.task import Parcel, Task
 
@@ -47,7 +47,7 @@ def test_voxels_never_pass_the_driver(case: Case, tmp_path: Path, monkeypatch: p
 
     opened: list[Any] = []
     passed: list[int] = []
-    get, take = ray.get, serial.event_of
+    get, take = ray.get, local.event_of
 
     def watched(ref: Any, **more: Any) -> Any:
         answer = get(ref, **more)

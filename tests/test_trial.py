@@ -50,16 +50,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_bundle(tmp_path_factory.mktemp("bench") / "bundle", classes=2)
 
 
-def answer(bundle: str | None, executor: str = "ray", **options: Any) -> tuple[dict[str, Any], Machine]:
+def answer(bundle: str | None, **options: Any) -> tuple[dict[str, Any], Machine]:
     machine = Machine()
     spec = BenchSpec.read({"model": bundle, **options})
-    return measure(spec, CORES, executor, machine, lambda _: None), machine
+    return measure(spec, CORES, machine, lambda _: None), machine
 
 
 def test_what_is_expected_follows_from_what_was_measured(bundle: str) -> None:
     found, machine = answer(bundle, shape="160", overlap=0.5, workers=2, seconds=20)
     measured, expected = found["measured"], found["expected"]
-    assert [(spec.workers, spec.executor) for spec in machine.specs] == [(1, "serial"), (2, "ray")]
+    assert [(spec.workers, spec.executor) for spec in machine.specs] == [(1, "serial"), (2, "auto")]
     assert measured["seconds_per_forward"] == pytest.approx(44 * 2 / 80)
     assert measured["voxels_per_second"] == pytest.approx(2000 / 44, abs=0.1)
     assert measured["share_of_time"]["forward"] == pytest.approx(80 / 88, abs=1e-3)
@@ -89,11 +89,11 @@ def test_more_workers_than_here_are_extrapolated_and_it_is_said(
 
 
 def test_without_a_bundle_the_network_is_named(tmp_path: Path) -> None:
-    found, machine = answer(None, executor="serial", shape="128")
+    found, machine = answer(None, shape="128")
     assert found["measured"]["model"] == "3D U-Net 16-32-64-128, random weights"
     assert found["measured"]["patch"] == (64, 64, 64)
     assert found["assumed"][-1] == "the network is the one named above: give your bundle to measure yours"
-    assert [spec.executor for spec in machine.specs] == ["serial", "serial"]
+    assert [spec.executor for spec in machine.specs] == ["serial", "auto"]
     assert not Path(machine.specs[0].input).exists()
 
 

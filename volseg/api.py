@@ -19,10 +19,11 @@ from volseg.analysis.suggest import suggest as choose
 from volseg.errors import JobPartial
 from volseg.execution.driver import Reporter
 from volseg.execution.events import Executor
+from volseg.execution.executors import executor_of
 from volseg.execution.limits import check_allowed
-from volseg.execution.prepare import Cores, Prepared, executor_of, local_cores, prepare
+from volseg.execution.local import local_executor
+from volseg.execution.prepare import Cores, Prepared, local_cores, prepare
 from volseg.execution.segment import run_job
-from volseg.execution.serial import LocalWorker, SerialExecutor
 from volseg.execution.training import run_training
 from volseg.execution.trial import measure, refuse_cluster
 from volseg.execution.verify import verify
@@ -218,10 +219,7 @@ def run_bench(spec: BenchSpec, report: Reporter | None = None, note: Note | None
     asked = SegmentSpec.read({
         "input": "-", "output": "-", "model": spec.model or "-", "device": spec.device, "workers": spec.workers,
     })  # fmt: skip
-    cores = local_cores(asked)
-    several = min(spec.workers or cores.workers, cores.workers) > 1
-    executor = executor_of(asked, cores) if several else "serial"
-    return measure(spec, cores, executor, lambda trial: run_segment(trial, report), note or (lambda _: None))
+    return measure(spec, local_cores(asked), lambda trial: run_segment(trial, report), note or (lambda _: None))
 
 
 def run_plan(spec: SegmentSpec) -> dict[str, Any]:
@@ -268,12 +266,7 @@ class _Composer:
 
             return RayExecutor(job.spec, job.plan, job.bundle_digest, name=job.name)
 
-        def make_worker() -> LocalWorker:
-            from volseg.inference.worker import Worker
-
-            return Worker(job.spec, job.plan, job.bundle_digest)
-
-        return SerialExecutor(make_worker)
+        return local_executor(job)
 
     @contextmanager
     def metered(self, report: Reporter) -> Iterator[Reporter]:
@@ -294,7 +287,7 @@ def _cluster(address: str | None) -> str | None:
 
 @contextmanager
 def _composer(spec: SegmentSpec) -> Iterator[_Composer]:
-    address = spec.address if spec.executor == "serial" else _cluster(spec.address)
+    address = spec.address if spec.in_process else _cluster(spec.address)
     if address is None:
         cores = local_cores(spec)
         if "ray" in sys.modules and executor_of(spec, cores) == "ray":

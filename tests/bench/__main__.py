@@ -26,7 +26,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_ARENA_MAX": "1",
 }
-SERIAL, RAY = "volseg, in this process", "volseg, Ray"
+SERIAL = "volseg, serial"
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ CORES = 2
 VOLSEG = {
     "forwards alone, 1 core": 1,
     "forwards alone, 2 cores": CORES,
-    "volseg, in this process": 1,
+    "volseg, serial": 1,
+    "volseg, threads": CORES,
     "volseg, Ray": CORES,
 }
 """Volseg's sides and the cores that each computes on; the peers compute on all."""
@@ -133,9 +134,10 @@ def _spec(side: str, setting: Setting) -> Any:
     from volseg.spec import SegmentSpec
 
     cores = VOLSEG.get(side, 1)
+    executor = side.rpartition(" ")[2].lower() if side in VOLSEG else "serial"
     return SegmentSpec.read({
         "input": str(Path(setting.folder, "scan.zarr")), "output": str(setting.result(side)),
-        "model": str(Path(setting.folder, "bundle")), "executor": "serial" if cores == 1 else "ray", "workers": cores,
+        "model": str(Path(setting.folder, "bundle")), "executor": executor, "workers": cores,
         "overlap": setting.overlap, "patch": setting.patch, "precision": setting.precision,
     })  # fmt: skip
 

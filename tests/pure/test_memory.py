@@ -56,10 +56,20 @@ def test_what_blocks_give_each_other() -> None:
     """All of it in one process; what a worker has in hand where it lies in an object store."""
     shared = Seams((4, 4, 4), ahead=10_000, bound=1_000_000, out=3000, core=5000)
     assert predict(replace(COST, seams=shared), 0).seams == 2 * 3000 + 2 * 5000
-    assert predict(replace(COST, seams=replace(shared, local=True)), 0).seams == 1_000_000
+    one_process = replace(COST, seams=replace(shared, local=True))
+    assert predict(one_process, 0).seams == 1_000_000
+    assert predict(one_process, 0, together=4).seams == 250_000
     assert predict(COST, 0).seams == 0
     wider = replace(COST, extent=(48, 80, 80))
     assert predict(wider, 0).accumulator == 4 * 48 * 80 * 80 * 3
+
+
+def test_workers_of_one_process_share_what_is_there_once() -> None:
+    """Rounded up: together they have no less than there is."""
+    one, three = predict(COST, 1001), predict(COST, 1001, together=3)
+    assert three.baseline == 334
+    assert 3 * three.network - one.network in {0, 1, 2}
+    assert replace(three, baseline=one.baseline, network=one.network, allocator=one.allocator) == one
 
 
 def test_the_temporary_slab_does_not_grow_with_the_block() -> None:

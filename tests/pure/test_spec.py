@@ -104,7 +104,7 @@ def test_a_side_is_at_least_one_voxel(value: object) -> None:
         ("blend", "hann", "'gaussian', 'constant' or 'exact'"),
         ("precision", "fp8", "'fp32', 'bf16', 'fp16' or 'auto'"),
         ("nan", "skip", "'error' or 'fill'"),
-        ("executor", "spark", "'auto', 'serial' or 'ray'"),
+        ("executor", "spark", "'auto', 'serial', 'threads' or 'ray'"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("axis", "c", "'z', 'y' or 'x'"),
         ("patch", True, "valid tuple"),

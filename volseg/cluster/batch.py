@@ -15,10 +15,11 @@ from typing import Any, Protocol
 from volseg.errors import InputError, JobInterrupted, SpecError, VolsegError
 from volseg.execution.driver import Reporter
 from volseg.execution.events import Executor
+from volseg.execution.executors import executor_of
 from volseg.execution.limits import check_allowed
-from volseg.execution.prepare import Cores, Prepared, executor_of, local_cores, prepare
+from volseg.execution.local import local_executor
+from volseg.execution.prepare import Cores, Prepared, local_cores, prepare
 from volseg.execution.segment import run_job
-from volseg.execution.serial import LocalWorker, SerialExecutor
 from volseg.execution.webhook import telling
 from volseg.journal import Line, Note, Trace, silent, tagged, teller
 from volseg.spec import SegmentSpec
@@ -126,11 +127,11 @@ def _runner(spec: BatchSpec, name: str) -> Iterator[_Run]:
 
     `name` is that of the batch, under which all of its volumes are counted together.
     """
-    address = spec.address if spec.executor == "serial" else spec.address or os.environ.get("RAY_ADDRESS")
+    address = spec.address if spec.in_process else spec.address or os.environ.get("RAY_ADDRESS")
     spec = spec.model_copy(update={"address": address})
-    cores = None if address and spec.executor != "serial" else local_cores(spec)
-    if cores is not None and executor_of(spec, cores) == "serial":
-        yield _serial(cores)
+    cores = None if address and not spec.in_process else local_cores(spec)
+    if cores is not None and (kind := executor_of(spec, cores)) != "ray":
+        yield lambda spec, report, note: _segment(spec, cores, kind, local_executor, report, note)
         return
     from volseg.cluster.crew import Crew
     from volseg.cluster.executor import RayExecutor
@@ -153,18 +154,6 @@ def _runner(spec: BatchSpec, name: str) -> Iterator[_Run]:
             yield run
         finally:
             crew.dismiss()
-
-
-def _serial(cores: Cores) -> _Run:
-    def executor(job: Prepared) -> Executor:
-        def worker() -> LocalWorker:
-            from volseg.inference.worker import Worker
-
-            return Worker(job.spec, job.plan, job.bundle_digest)
-
-        return SerialExecutor(worker)
-
-    return lambda spec, report, note: _segment(spec, cores, "serial", executor, report, note)
 
 
 def _segment(

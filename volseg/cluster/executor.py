@@ -32,9 +32,9 @@ from volseg.execution.events import (
     WorkerLost,
     WorkerReady,
 )
+from volseg.execution.local import event_of
 from volseg.execution.prepare import SHARE_OF_STORE
 from volseg.execution.scaling import Crowd, change, keep_block
-from volseg.execution.serial import event_of
 from volseg.inference.attempt import Failure
 from volseg.planning import Plan
 from volseg.planning.memory import IN_HAND

@@ -99,8 +99,8 @@ def identify(spec: SegmentSpec | TrainSpec) -> Task:
 
     What a training's spec leaves open is its recipe's.
     """
-    serial = isinstance(spec, SegmentSpec) and spec.executor == "serial"
-    for name, value in (("executor", serial), ("address", spec.address)):
+    local = isinstance(spec, SegmentSpec) and spec.in_process
+    for name, value in (("executor", local), ("address", spec.address)):
         if value:
             raise InputError(
                 f"the spec says {name} {getattr(spec, name)}, but a submitted job runs on the workers of the cluster "

@@ -176,8 +176,8 @@ class Front:
             return None
         index, place = self._at(chosen), chosen
         missing = self._missing.get(index)
-        # In one process, what is hoped for is there.
-        surely = not missing or (self._seams.local and missing <= set(hand))
+        # Where one worker computes all in this order, what is hoped for is there.
+        surely = not missing or (self._seams.in_order and missing <= set(hand))
         links = self._links(index)
         begun = _Begun(sum(size for _, size in links.receivers), 0 if surely else links.core)
         cost = begun.out + begun.core

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from volseg.models.config import Axis, NetworkConfig, ProgramConfig, TracedConfi
 from volseg.models.dependency import halo_of, patch_dependent
 from volseg.models.manifest import BundleManifest, read_manifest
 from volseg.planning import ModelFacts, Plan, Resources, SeamRoom, ViewFacts, VolumeFacts, compare, make_plan
-from volseg.planning.memory import BASELINE_ACTOR, BASELINE_SERIAL, GIB, S3_CLIENTS
+from volseg.planning.memory import BASELINE_ACTOR, BASELINE_LOCAL, GIB, S3_CLIENTS
 from volseg.planning.seams import PARCEL_FLOOR
 from volseg.spec import SegmentSpec
 from volseg.storage import files
@@ -161,22 +160,6 @@ def _may_have_gpu() -> bool:
     return sys.platform != "linux" or any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "dxg", "kfd"))
 
 
-def executor_of(spec: SegmentSpec, cores: Cores) -> str:
-    """Return serial or ray: what `auto` means for this spec on these cores."""
-    workers = spec.workers or cores.workers
-    if spec.executor == "serial" and spec.address:
-        raise InputError("executor serial and an address were given together: serial uses no cluster; drop one of them")
-    if spec.executor != "auto":
-        chosen = spec.executor
-    else:
-        chosen = "ray" if spec.address or (workers > 1 and importlib.util.find_spec("ray")) else "serial"
-    if chosen == "ray" and importlib.util.find_spec("ray") is None:
-        raise InputError(
-            "executor ray needs the package ray, which is not installed: pip install 'volseg[ray]', or use serial"
-        )
-    return chosen
-
-
 def prepare(spec: SegmentSpec, cores: Cores, executor: str, block: Triple | None = None) -> Prepared:
     """Open the input and the model and make the plan; raises InputError where something is wrong with them.
 
@@ -194,10 +177,12 @@ def prepare(spec: SegmentSpec, cores: Cores, executor: str, block: Triple | None
     manifest = read_manifest(spec.model)
     workers = 1 if executor == "serial" else spec.workers or cores.workers
     limit = int(spec.memory * GIB) if spec.memory else min(_MOST_MEMORY, cores.memory // (cores.slots or workers))
-    baseline = BASELINE_SERIAL if executor == "serial" else BASELINE_ACTOR
+    one_process = executor != "ray"
+    baseline = BASELINE_LOCAL if one_process else BASELINE_ACTOR
     if any(files.is_s3(place) for place in places.values()):
         baseline += S3_CLIENTS
-    resources = Resources(workers, limit, cores.device, baseline, _seam_room(spec, cores, executor, limit))
+    room = _local_room(spec, workers, limit) if one_process else _store_room(spec, cores)
+    resources = Resources(workers, limit, cores.device, baseline, room, one_process)
     facts = VolumeFacts(volume.shape, volume.channels or 1, volume.dtype.itemsize)
     # The storage of an unfinished job is kept with its grid, whatever is asked for now.
     asked = spec if block is None else spec.model_copy(update={"chunks": None, "shards": None})
@@ -211,12 +196,15 @@ def prepare(spec: SegmentSpec, cores: Cores, executor: str, block: Triple | None
     return replace(job, plan=make_plan(asked, facts, model, resources, block))
 
 
-def _seam_room(spec: SegmentSpec, cores: Cores, executor: str, limit: int) -> SeamRoom:
-    """Return where sums wait for other blocks, and how much room there is."""
-    given = None if spec.seam_memory is None else int(spec.seam_memory * GIB)
-    if executor == "serial":
-        return SeamRoom(int(limit * _SHARE_FOR_SEAMS) if given is None else given, local=True)
-    budget = int(cores.store * SHARE_OF_STORE) if given is None else given
+def _local_room(spec: SegmentSpec, workers: int, limit: int) -> SeamRoom:
+    """Return how much room sums have that wait for other blocks in this process."""
+    budget = workers * limit * _SHARE_FOR_SEAMS if spec.seam_memory is None else spec.seam_memory * GIB
+    return SeamRoom(int(budget), local=True, in_order=workers == 1)
+
+
+def _store_room(spec: SegmentSpec, cores: Cores) -> SeamRoom:
+    """Return how much room sums have that wait for other blocks in Ray's object stores."""
+    budget = int(cores.store * SHARE_OF_STORE if spec.seam_memory is None else spec.seam_memory * GIB)
     return SeamRoom(budget, PARCEL_FLOOR, grows=spec.address is not None and spec.workers is None)
 
 

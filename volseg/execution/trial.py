@@ -38,19 +38,18 @@ _DEFAULT_WIDTHS = (16, 32, 64, 128)
 _CHUNK = 64
 
 
-def measure(spec: BenchSpec, cores: Cores, executor: str, run: Run, note: Note) -> dict[str, Any]:
+def measure(spec: BenchSpec, cores: Cores, run: Run, note: Note) -> dict[str, Any]:
     """Segment noise with `run` in a temporary folder and tell what a volume of `spec.shape` would take.
 
-    `cores` is this machine, `executor` what several of its workers run in. ``measured`` of the answer is what was seen,
-    ``expected`` what follows for the shape, ``assumed`` what was taken for granted on the way, in words. Raises
-    InputError where a bundle, patch or memory limit cannot be used.
+    `cores` is this machine. ``measured`` of the answer is what was seen, ``expected`` what follows for the shape,
+    ``assumed`` what was taken for granted on the way, in words. Raises InputError where a bundle, patch or memory limit
+    cannot be used.
     """
     with tempfile.TemporaryDirectory(prefix="volseg-bench-") as name:
         folder = Path(name)
         model = files.absolute(spec.model) if spec.model else _default_bundle(folder / "bundle")
         manifest = read_manifest(model)
         here = min(spec.workers or cores.workers, cores.workers)
-        here = here if executor == "ray" else 1
         target = _target(spec, cores, model, manifest)
         note(f"measuring {'this bundle' if spec.model else 'a network with random weights'} on one worker first")
         probe = run(_trial(spec, model, folder, _volume(folder, "probe", target, PROBE_PATCHES), 1, "serial"))
@@ -58,7 +57,7 @@ def measure(spec: BenchSpec, cores: Cores, executor: str, run: Run, note: Note) 
         patches /= target.forwards_a_patch
         scan = _volume(folder, "scan", target, int(patches))
         note(f"measuring {here} worker(s) for about {spec.seconds:.0f} s on {' x '.join(map(str, scan[1]))} voxels")
-        report = run(_trial(spec, model, folder, scan, here, executor))
+        report = run(_trial(spec, model, folder, scan, here, "auto"))
         return _answer(spec, manifest, target, report, cores)
 
 

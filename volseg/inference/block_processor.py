@@ -63,10 +63,10 @@ class _Computed:
 class BlockProcessor:
     """Computes blocks of one planned job; every process of a job holds one.
 
-    `before` is that of an earlier job: where both need the same networks in the same way, they are not loaded again.
+    `other` is another one of this process: where both need the same networks in the same way, they have them together.
     """
 
-    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str, before: BlockProcessor | None = None) -> None:
+    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str, other: BlockProcessor | None = None) -> None:
         self._spec, self._plan = spec, plan
         self._device = torch.device(plan.device)
         self._input: Volume = open_volume(spec.input)
@@ -88,8 +88,8 @@ class BlockProcessor:
         self._low: Sequence[float]
         self._predictor: Predictor
         self.numerics: dict[str, str]
-        if before is not None and before._model == self._model:
-            self._low, self._predictor, self.numerics = before._low, before._predictor, before.numerics
+        if other is not None and other._model == self._model:
+            self._low, self._predictor, self.numerics = other._low, other._predictor.twin(), other.numerics
         else:
             loaded = Loaded(spec, plan, bundle_digest, self._input)
             self._low, self._predictor = loaded.manifest.scaling.low, loaded.predictor
@@ -103,8 +103,9 @@ class BlockProcessor:
         # What lives now is what the plan counts as these two, and whatever else lives in this process. What an earlier
         # job freed must not count: what a worker may hold would grow from job to job.
         release_freed_memory(0)
-        there = plan.memory.baseline + plan.memory.network
-        self._heap = (status_bytes("RssAnon") or 0) + plan.memory.total - there
+        together = plan.workers if plan.one_process else 1
+        to_come = plan.memory.total - plan.memory.baseline - plan.memory.network
+        self._heap = (status_bytes("RssAnon") or 0) + together * to_come
         """Bytes of memory of its own that the process may have when a block begins."""
 
     def cancel(self) -> None:

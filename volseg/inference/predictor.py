@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -58,6 +59,15 @@ class Predictor:
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._input = torch.zeros(0, device=device)
         self._warm: set[torch.Size] = set()
+
+    def twin(self) -> Predictor:
+        """Return a predictor for another thread: the same networks, with a batch and counts of its own."""
+        other = copy.copy(self)
+        other.forwards = 0
+        other._watch = Stopwatch(self._device)
+        other._finite = torch.ones_like(self._finite)
+        other._input = torch.zeros(0, device=self._device)
+        return other
 
     @property
     def device(self) -> torch.device:

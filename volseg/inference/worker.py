@@ -25,20 +25,20 @@ class Worker:
     """Holds one process' share of a job, the same in this process and in a Ray actor.
 
     CPU workers compute with one thread: more workers use a machine better than more threads, and the bits of a forward
-    depend on the number of threads. `before` is the worker of an earlier job in this process, closed; its networks are
-    used again where they fit.
+    depend on the number of threads. `other` is one of the same process, of this job or an earlier one: its networks
+    are used again where they fit.
     """
 
-    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str, before: Worker | None = None) -> None:
+    def __init__(self, spec: SegmentSpec, plan: Plan, bundle_digest: str, other: Worker | None = None) -> None:
         self._threads = torch.get_num_threads()
         self._measuring = threading.Lock()
         self._highest = self._peak = 0
         self._shared = resident_shared()
         self._on_gpu = plan.device == "cuda"
         settle(plan.device)
-        configure(threads=2)
-        earlier = before._processor if before is not None else None
-        self._processor: BlockProcessor = BlockProcessor(spec, plan, bundle_digest, earlier)
+        configure(threads=1 + (plan.workers if plan.one_process else 1))
+        beside = other._processor if other is not None else None
+        self._processor: BlockProcessor = BlockProcessor(spec, plan, bundle_digest, beside)
         self.fingerprint = named(fingerprint(plan.device) | self._processor.numerics)
 
     def announce(self, index: int) -> None:
@@ -78,6 +78,12 @@ class Worker:
         """Stop blocks under way and give torch its threads back."""
         self._processor.cancel()
         torch.set_num_threads(self._threads)
+
+
+def workers_of(spec: SegmentSpec, plan: Plan, bundle_digest: str) -> list[Worker]:
+    """Return the workers of a plan whose workers share this process, and with it the networks."""
+    first = Worker(spec, plan, bundle_digest)
+    return [first, *(Worker(spec, plan, bundle_digest, first) for _ in range(plan.workers - 1))]
 
 
 def settle(device: str) -> None:

@@ -150,7 +150,7 @@ def _check_environment(environment: Mapping[str, str]) -> None:
 
 def _check_spec(spec: SegmentSpec | TrainSpec, placement: Placement) -> None:
     for name, wrong in (
-        ("executor", isinstance(spec, SegmentSpec) and spec.executor == "serial"),
+        ("executor", isinstance(spec, SegmentSpec) and spec.in_process),
         ("address", bool(spec.address)),
     ):
         if wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -93,11 +94,16 @@ class Compiled(nn.Module):
         super().__init__()
         self.network = network
         self._run: Callable[[Tensor], Tensor] | None = None
+        self._compiling = threading.Lock()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (b, c, [z,] y, x); raises whatever tracing and compiling raise."""
-        if self._run is None:
-            # Traced first: the compiler would follow the interpreter of the program instead of the program.
-            traced = torch.export.export(self.network, (x,), strict=False).module()
-            self._run = torch.compile(traced, dynamic=False, options={"freezing": True})
+        with self._compiling:
+            if self._run is None:
+                # Traced first: the compiler would follow the interpreter of the program instead of the program.
+                traced = torch.export.export(self.network, (x,), strict=False).module()
+                run = torch.compile(traced, dynamic=False, options={"freezing": True})
+                # It compiles when it first runs, which threads that share the network must not do at the same time.
+                run(x)
+                self._run = run
         return self._run(x)

@@ -9,6 +9,9 @@ from volseg.models.graph import Graph, Stage, activate, cut
 from volseg.models.program import INPUT, Concat, Conv, Op, Pool
 from volseg.models.winograd import CpuConv
 
+_CACHED = 1 << 19
+"""Bytes of a tensor that are worked on at a time, so that several operations find them in a core's cache."""
+
 
 class CpuForward(nn.Module):
     """Runs forwards of `graph`, whose batch normalisations were folded, from (b, c, [z,] y, x) to logits.
@@ -73,20 +76,21 @@ def pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """
     rows = x.movedim(1, -1)
     made = rows.new_empty([rows.shape[0], *(n // k for n, k in zip(rows.shape[1:-1], kernel, strict=True)), x.shape[1]])
-    # One plane or line at a time stays in the cache.
-    for b, picture in enumerate(rows):
-        for i in range(made.shape[1]):
-            part = picture[i * kernel[0] : (i + 1) * kernel[0]]
-            made[b, i] = _largest(part, kernel)
+    # So many planes or lines at a time stay in the cache.
+    step = max(1, _CACHED // (kernel[0] * rows[0, 0].numel() * rows.itemsize))
+    grouped = rows.reshape(len(rows), -1, kernel[0], *rows.shape[2:])
+    for picture, answer in zip(grouped, made, strict=True):
+        for part, target in zip(picture.split(step), answer.split(step), strict=True):
+            target.copy_(_largest(part, kernel))
     return made.movedim(-1, 1)
 
 
 def _largest(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """Return the maxima of one row of kernels, x ([z,] y, x, c), without the first axis."""
-    found = x[0]
-    for other in x[1:]:
+    """Return the maxima of rows of kernels, x (n, kernel[0], [y,] x, c), without the second axis."""
+    found, *others = x.unbind(1)
+    for other in others:
         found = torch.maximum(found, other)
-    for axis, factor in enumerate(kernel[1:]):
+    for axis, factor in enumerate(kernel[1:], start=1):
         whole = found
         steps = [(slice(None),) * axis + (slice(k, None, factor),) for k in range(factor)]
         found = whole[steps[0]]

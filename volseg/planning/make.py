@@ -52,7 +52,8 @@ def make_plan(
 
     def memory_of(candidate: Triple, seams: Seams, *, alone: bool = False) -> MemoryEstimate:
         grid = BlockGrid(volume.shape, candidate, region)
-        return predict(_sized(whole, grid, lattices, seams, alone=alone), resources.baseline)
+        together = min(resources.workers, len(grid)) if resources.one_process else 1
+        return predict(_sized(whole, grid, lattices, seams, alone=alone), resources.baseline, together)
 
     def fits(candidate: Triple, seams: Seams) -> bool:
         return memory_of(candidate, seams, alone=True).total <= resources.memory
@@ -84,7 +85,7 @@ def make_plan(
         threshold=model.threshold if spec.threshold is None else spec.threshold, batch=batch,
         workers=min(resources.workers, len(BlockGrid(volume.shape, chosen, region))), device=resources.device,
         memory=memory_of(chosen, seams), memory_limit=resources.memory, itemsize=volume.itemsize,
-        probabilities=spec.probabilities, seams=seams,
+        probabilities=spec.probabilities, seams=seams, one_process=resources.one_process,
     )  # fmt: skip
 
 

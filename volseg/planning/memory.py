@@ -22,7 +22,7 @@ SLAB_VOXELS = 1 << 20
 _MIB = 1 << 20
 
 # Python, torch and zarr, in an actor Ray too: resident memory of a worker that has not read a voxel yet, as measured.
-BASELINE_SERIAL = 290 * _MIB
+BASELINE_LOCAL = 290 * _MIB
 BASELINE_ACTOR = 325 * _MIB
 # What botocore and its clients add where a place is on S3, as measured (46 MiB), and room for answers on their way.
 S3_CLIENTS = 64 * _MIB
@@ -97,8 +97,8 @@ class MemoryEstimate:
         return {**asdict(self), "total": self.total}
 
 
-def predict(cost: BlockCost, baseline: int) -> MemoryEstimate:
-    """Predict the peak memory of one worker."""
+def predict(cost: BlockCost, baseline: int, together: int = 1) -> MemoryEstimate:
+    """Predict the peak memory of one worker; of so many `together` in one process, the share that each of them has."""
     block = prod(cost.block)
     raw = prod(cost.reach) * cost.channels * cost.itemsize
     written = block * (cost.label_itemsize + (cost.classes if cost.probabilities else 0))
@@ -106,28 +106,34 @@ def predict(cost: BlockCost, baseline: int) -> MemoryEstimate:
     terms = {
         # every member's weights made ready, and its kernels transformed to twice their size, where those lay that were
         # loaded; the members' activations follow one another
-        "network": 3 * cost.members * cost.parameter_bytes,
+        "network": _share(3 * cost.members * cost.parameter_bytes, together),
         "input": IN_HAND * raw,
         # chunks that are kept for the halo of the next block
         "cache": raw if cost.reach != cost.block else 0,
         "patch": max(_forward_bytes(cost, forward) for forward in cost.forwards),
         "accumulator": 4 * prod(cost.extent) * cost.sums,
-        "seams": _seam_bytes(cost.seams),
+        "seams": _seam_bytes(cost.seams, together),
         # the blocks in hand; while one is written its encoded chunks, the shard made of them and a copy of it, where
         # later stands what is read back to be checked; and the temporary slab of 64-bit sums
         "output": (IN_HAND + 3) * written + 12 * slab,
     }
-    return MemoryEstimate(baseline=baseline, allocator=int(_ALLOCATOR_SHARE * sum(terms.values())), **terms)
+    kept = int(_ALLOCATOR_SHARE * sum(terms.values()))
+    return MemoryEstimate(baseline=_share(baseline, together), allocator=kept, **terms)
 
 
-def _seam_bytes(seams: Seams) -> int:
+def _share(size: int, together: int) -> int:
+    return -(-size // together)
+
+
+def _seam_bytes(seams: Seams, together: int) -> int:
     """Return what a worker holds of what blocks give each other.
 
-    In one process all that waits. An actor has what its blocks in hand give, the core of one that is parked, and a copy
-    of either on its way into the object store; what it is given lies there, and is looked at one object at a time.
+    In one process its share of all that waits. An actor has what its blocks in hand give, the core of one that is
+    parked, and a copy of either on its way into the object store; what it is given lies there, and is looked at one
+    object at a time.
     """
     if seams.local or not seams.shared:
-        return seams.bound
+        return _share(seams.bound, together)
     return IN_HAND * seams.out + 2 * seams.core
 
 

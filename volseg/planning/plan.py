@@ -73,6 +73,8 @@ class Resources:
     baseline: int
     """Bytes that a worker occupies before it reads a voxel."""
     seams: SeamRoom = NO_ROOM
+    one_process: bool = False
+    """The workers are threads that share `baseline` and the network."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Plan:
     itemsize: int
     probabilities: bool
     seams: Seams
+    one_process: bool
+    """The workers are threads of one process; `memory` is the share of it that each of them has."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what travels to workers: not what follows from it, which may be large and is quickly made again."""

@@ -14,7 +14,7 @@ are computed on both sides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -42,7 +42,9 @@ class SeamRoom:
     floor: int = 0
     """Bytes that the smallest object takes."""
     local: bool = False
-    """In the memory of the one worker there is, which computes blocks in the order in which they are handed out."""
+    """In the memory of the workers' own process."""
+    in_order: bool = False
+    """There is one worker, which computes blocks in the order in which they are handed out: none is ever parked."""
     grows: bool = False
     """There may be more workers later: all the room is used where it speeds them up."""
 
@@ -65,6 +67,7 @@ class Seams:
     core: int = 0
     floor: int = 0
     local: bool = False
+    in_order: bool = False
 
     @property
     def shared(self) -> bool:
@@ -85,21 +88,21 @@ def plan_seams(grid: BlockGrid, lattices: Sequence[Lattice], sums: int, hands: i
     `sums` are the channels of the accumulator, `hands` how many blocks all workers have in hand at once.
     """
     whole = Ownership(grid, tuple(lattices), grid.counts)
-    kind = Seams(floor=room.floor, local=room.local)
+    kind = Seams(floor=room.floor, local=room.local, in_order=room.in_order)
     sizes = {step: kind.bytes_of(prod(sides), sums) for step, sides in whole.widest().items()}
     core = kind.bytes_of(prod(whole.largest().wanted), sums)
 
     def tried(column: Triple, along: int) -> Seams | None:
         inside = {step: size for step, size in sizes.items() if all(a < b for a, b in zip(step, column, strict=True))}
         front, out = Sweep(grid.counts, column, along).front(inside), sum(inside.values())
-        one = out if room.local else out + core
+        one = out if room.in_order else out + core
         # No worker should have to leave a block for want of room.
         least = (hands - 1) * one
         left = room.budget - front - out
         if not inside or left < least:
             return None
         ahead = least if room.local else left if room.grows else min(2 * hands * one, left)
-        return Seams(column, along, ahead, front + ahead + out, out, core, room.floor, room.local)
+        return replace(kind, column=column, along=along, ahead=ahead, bound=front + ahead + out, out=out, core=core)
 
     if not sizes:
         return Seams()

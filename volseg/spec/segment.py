@@ -66,8 +66,10 @@ class SegmentSpec(Spec):
     block: Triple | None = Field(None, description="unit of scheduled work z,y,x in voxels [default: planned]")
     chunks: Triple | None = Field(None, description="chunk shape of the output z,y,x [default: derived from the block]")
     shards: Triple | None = Field(None, description="shard shape of the output z,y,x [default: the block]")
-    executor: Literal["auto", "serial", "ray"] = Field(
-        "auto", description="serial: in this process; ray: actors; auto: ray for more than one worker"
+    executor: Literal["auto", "serial", "threads", "ray"] = Field(
+        "auto",
+        description="serial: one worker in this process; threads: one a CPU core in this process; ray: actors; auto: "
+        "threads up to 8 workers on CPUs, ray beyond, for several GPUs and on a cluster",
     )
     workers: int | None = Field(
         None,
@@ -99,6 +101,11 @@ class SegmentSpec(Spec):
     webhook: str | None = Field(
         None, description="URL that gets a signed message from the driver at the end; its operator must allow it"
     )
+
+    @property
+    def in_process(self) -> bool:
+        """Tell whether an executor is asked for that works in the process that runs the job, without Ray."""
+        return self.executor in {"serial", "threads"}
 
     _axes = field_validator("axis", mode="before")(parse_list())
     _triples = field_validator("patch", "tile", "block", "chunks", "shards", mode="before")(parse_triple)

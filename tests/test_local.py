@@ -1,4 +1,4 @@
-"""The serial executor: two blocks in hand, errors that surface where the driver waits, and a stop that stops."""
+"""Workers in this process: two blocks in hand each, errors that surface where the driver waits, a stop that stops."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from volseg.errors import BundleError, JobInterrupted
 from volseg.execution.driver import Driver, Hooks, Tally
 from volseg.execution.events import BlockDone, BlockFailed, Event, WorkerReady
 from volseg.execution.front import InOrder
-from volseg.execution.serial import SerialExecutor
+from volseg.execution.local import LocalExecutor
 from volseg.inference.attempt import Answer, Failure
 from volseg.planning.memory import IN_HAND
 from volseg.planning.task import Task
@@ -58,14 +58,14 @@ class Local:
 
 
 @pytest.fixture
-def started() -> Iterator[Callable[[Local], SerialExecutor]]:
+def started() -> Iterator[Callable[..., LocalExecutor]]:
     executors = []
 
-    def start(worker: Local) -> SerialExecutor:
-        executor = SerialExecutor(lambda: worker)
+    def start(*workers: Local) -> LocalExecutor:
+        executor = LocalExecutor(lambda: workers)
         executors.append(executor)
         executor.start()
-        assert executor.wait(LONG) == [WorkerReady(0, {"name": "cpu"})]
+        assert executor.wait(LONG) == [WorkerReady(number, {"name": "cpu"}) for number in range(len(workers))]
         return executor
 
     yield start
@@ -73,7 +73,7 @@ def started() -> Iterator[Callable[[Local], SerialExecutor]]:
         executor.stop()
 
 
-def collect(executor: SerialExecutor, count: int) -> list[Event]:
+def collect(executor: LocalExecutor, count: int) -> list[Event]:
     found: list[Event] = []
     while len(found) < count:
         new = executor.wait(LONG)
@@ -82,7 +82,7 @@ def collect(executor: SerialExecutor, count: int) -> list[Event]:
     return found
 
 
-Start = Callable[[Local], SerialExecutor]
+Start = Callable[..., LocalExecutor]
 
 
 def test_a_block_comes_back_with_its_receipt(started: Start) -> None:
@@ -109,7 +109,7 @@ def test_so_many_blocks_are_in_hand_and_no_more(started: Start) -> None:
     for _ in range(IN_HAND):
         assert worker.inside.acquire(timeout=LONG)
     assert len(worker.threads) == IN_HAND
-    assert worker.announced == list(executor.hand()) == list(range(IN_HAND))
+    assert worker.announced == list(range(IN_HAND))
     worker.gate.set()
     collect(executor, IN_HAND)
     assert executor.capacity()
@@ -133,17 +133,83 @@ def test_a_suspect_waits_for_an_empty_hand_and_keeps_it(started: Start) -> None:
     assert executor.capacity()
 
 
+def test_a_block_goes_to_the_worker_with_least_in_hand() -> None:
+    """So all workers begin at once, and what `hand` says is of the one that takes the next block."""
+    workers = [Local(held=True), Local(held=True)]
+    executor = LocalExecutor(lambda: workers)
+    executor.start()
+    assert executor.adjust(99) == 2
+    for index in range(2 * IN_HAND):
+        assert executor.capacity()
+        before = executor.hand()
+        executor.submit(Task(index), [])
+        (taker,) = (worker for worker in workers if index in worker.announced)
+        assert list(before) == taker.announced[:-1]
+    assert not executor.capacity()
+    assert [worker.announced for worker in workers] == [[0, 2], [1, 3]]
+    # Each worker computes its own: no block of one waits for a thread that another's hold.
+    for worker in workers:
+        for _ in range(IN_HAND):
+            assert worker.inside.acquire(timeout=LONG)
+    executor.stop()
+    assert executor.wait(LONG) == [WorkerReady(0, {"name": "cpu"}), WorkerReady(1, {"name": "cpu"})]
+    assert executor.wait(0.001) == []
+
+
+def test_a_suspect_keeps_one_worker_and_the_other_goes_on(started: Start) -> None:
+    workers = [Local(held=True), Local(held=True)]
+    executor = started(*workers)
+    executor.submit(Task(0), [], alone=True)
+    executor.submit(Task(1), [])
+    assert not executor.capacity(alone=True)
+    executor.submit(Task(2), [])
+    assert not executor.capacity()
+    assert [worker.announced for worker in workers] == [[0], [1, 2]]
+    workers[0].gate.set()
+    assert collect(executor, 1) == [BlockDone(Receipt(0, {}, {}), 0, 12345 // 2)]
+    assert executor.capacity(alone=True)
+
+
+def test_a_worker_of_several_has_its_share_of_the_process(started: Start) -> None:
+    executor = started(Local(), Local(), Local())
+    for index in range(3):
+        executor.submit(Task(index), [])
+    found = collect(executor, 3)
+    assert {(event.worker, event.peak_memory) for event in found if isinstance(event, BlockDone)} == {
+        (number, 12345 // 3) for number in range(3)
+    }
+
+
+def test_the_first_worker_is_closed_last() -> None:
+    """It knows how many threads torch had before; see `volseg.inference.worker.Worker.close`."""
+    closed: list[str] = []
+
+    class Noted(Local):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+            super().close()
+
+    executor = LocalExecutor(lambda: [Noted("first"), Noted("second")])
+    executor.start()
+    executor.stop()
+    assert closed == ["second", "first"]
+
+
 def test_nothing_can_be_handed_out_before_the_start() -> None:
-    executor = SerialExecutor(Local)
+    executor = LocalExecutor(lambda: [Local()])
     assert not executor.capacity()
     executor.stop()
 
 
 def test_a_worker_that_cannot_be_made_raises_at_the_start() -> None:
-    def make() -> Local:
+    def make() -> list[Local]:
         raise BundleError("the bundle is damaged")
 
-    executor = SerialExecutor(make)
+    executor = LocalExecutor(make)
     with pytest.raises(BundleError, match="damaged"):
         executor.start()
     executor.stop()
@@ -176,9 +242,10 @@ def test_what_was_done_before_an_error_is_not_lost(started: Start) -> None:
     """Both have happened when the driver looks: the receipt comes first, the error at the next look."""
     executor = started(Local())
     done = BlockDone(Receipt(0, {}, {}), 0, 12345)
-    executor._in_hand.append(0)
-    executor._events.put(done)
-    executor._events.put(ZeroDivisionError("a bug"))
+    (slot,) = executor._slots
+    slot.blocks.append(0)
+    executor._events.put((slot, done))
+    executor._events.put((slot, ZeroDivisionError("a bug")))
     assert executor.wait(LONG) == [done]
     with pytest.raises(ZeroDivisionError, match="a bug"):
         executor.wait(LONG)
@@ -206,7 +273,7 @@ def test_the_driver_works_off_a_job(tmp_path: Path) -> None:
     ledger, tally = Ledger(str(tmp_path / "out"), "key"), Tally(20)
     assert ledger.take()
     hooks = Hooks(lambda index: 1, lambda tally: None, lambda text: None, lambda found, otherwise: None)
-    executor = SerialExecutor(lambda: Local(outcome))
+    executor = LocalExecutor(lambda: [Local(outcome)])
     Driver(executor, ledger, tally, hooks, attempts=3).run(InOrder(range(20)))
     assert (tally.computed, tally.retried, tally.failed) == (19, 1, {5: "never"})
     assert {receipt.index for receipt in ledger.receipts()} == set(range(20)) - {5}
