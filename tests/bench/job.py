@@ -119,8 +119,7 @@ def _forward_share(setting: Setting, share: int, cores: int, barrier: Any, answe
     voxels = torch.from_numpy(open_volume(spec.input).read(job.plan.region))
     patches = [take_patch(voxels, view.lattice.source(index), job.plan.region) for index in indices]
     predictor = worker._processor._predictor
-    # The first forward prepares the kernels, which the other sides do before their work, too.
-    next(iter(predictor.run(patches[:1], view.axis)))
+    # The first forward touches memory and prepares kernels; as on the other sides, that is part of the work.
     barrier.wait()
     begun = time.perf_counter()
     for _ in predictor.run(patches, view.axis):
