@@ -107,6 +107,28 @@ def test_entry_point_with_a_list(case: Case, scans: Path, tmp_path: Path) -> Non
     assert all(v["blocks"]["computed"] == 0 for v in again["volumes"])
 
 
+@pytest.mark.parametrize(("executor", "workers"), [("serial", 1), ("threads", 2)])
+def test_one_process_loads_the_model_once(
+    case: Case, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, workers: int
+) -> None:
+    from volseg.models.bundle import load_networks
+
+    loaded: list[str] = []
+
+    def counted(uri: str) -> Any:
+        loaded.append(uri)
+        return load_networks(uri)
+
+    monkeypatch.setattr("volseg.inference.choose.load_networks", counted)
+    volumes = {str(scans / f"day-{n:02d}" / "recon.zarr"): str(tmp_path / f"{n}.zarr") for n in (5, 6, 7)}
+    done = batch.run_batch(spec_of(case, volumes=volumes, executor=executor, workers=workers), quiet, quiet)
+    assert [volume["status"] for volume in done["volumes"]] == ["complete"] * 3
+    assert loaded == [case.bundle]
+    alone = Case(str(scans / "day-07" / "recon.zarr"), case.bundle, tmp_path)
+    segment(alone, tmp_path / "alone.zarr", overlap=0.25)
+    np.testing.assert_array_equal(labels_of(tmp_path / "7.zarr"), labels_of(tmp_path / "alone.zarr"))
+
+
 def test_pattern_gives_places(case: Case, scans: Path, tmp_path: Path) -> None:
     pairs = batch.list_volumes(spec_of(case, input=f"{scans}/day-0[12]/*.zarr", output=str(tmp_path / "seg")))
     assert pairs == [

@@ -131,7 +131,8 @@ def _runner(spec: BatchSpec, name: str) -> Iterator[_Run]:
     spec = spec.model_copy(update={"address": address})
     cores = None if address and not spec.in_process else local_cores(spec)
     if cores is not None and (kind := executor_of(spec, cores)) != "ray":
-        yield lambda spec, report, note: _segment(spec, cores, kind, local_executor, report, note)
+        make = partial(local_executor, kept=[])
+        yield lambda spec, report, note: _segment(spec, cores, kind, make, report, note)
         return
     from volseg.cluster.crew import Crew
     from volseg.cluster.executor import RayExecutor

@@ -10,7 +10,7 @@ import queue
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from volseg.execution.prepare import Prepared
 from volseg.inference.attempt import Answer, Failure
 from volseg.planning.memory import IN_HAND
 from volseg.planning.task import Parcel, Task
+
+if TYPE_CHECKING:
+    from volseg.inference.worker import Worker
 
 
 class LocalWorker(Protocol):
@@ -55,13 +58,19 @@ class _Slot:
     alone: bool = False
 
 
-def local_executor(job: Prepared) -> LocalExecutor:
-    """Return the executor of a job that was planned for one process."""
+def local_executor(job: Prepared, kept: list[Worker] | None = None) -> LocalExecutor:
+    """Return the executor of a job that was planned for one process.
+
+    `kept` holds a worker from one job to the next, whose networks are used again where they fit.
+    """
 
     def make_workers() -> Sequence[LocalWorker]:
         from volseg.inference.worker import workers_of
 
-        return workers_of(job.spec, job.plan, job.bundle_digest)
+        workers = workers_of(job.spec, job.plan, job.bundle_digest, kept.pop() if kept else None)
+        if kept is not None:
+            kept.append(workers[0])
+        return workers
 
     return LocalExecutor(make_workers)
 

@@ -80,9 +80,9 @@ class Worker:
         torch.set_num_threads(self._threads)
 
 
-def workers_of(spec: SegmentSpec, plan: Plan, bundle_digest: str) -> list[Worker]:
-    """Return the workers of a plan whose workers share this process, and with it the networks."""
-    first = Worker(spec, plan, bundle_digest)
+def workers_of(spec: SegmentSpec, plan: Plan, bundle_digest: str, other: Worker | None = None) -> list[Worker]:
+    """Return the workers of a plan whose workers share this process, and with it the networks; see `Worker`."""
+    first = Worker(spec, plan, bundle_digest, other)
     return [first, *(Worker(spec, plan, bundle_digest, first) for _ in range(plan.workers - 1))]
 
 
