@@ -167,6 +167,22 @@ def test_batches_have_one_size_and_every_patch_one_answer(tmp_path: Path, batch:
         torch.testing.assert_close(probability, expected)
 
 
+def test_a_twin_shares_the_networks_and_nothing_that_a_run_changes(tmp_path: Path) -> None:
+    """Two threads of a process, one after the other at every patch; the twin is made of one that has run already."""
+    manifest, network = manifest_of(tmp_path), Recording(3)
+    one, patches = predictor_of(manifest, network, batch=2), raw(4)
+    expected = answers(one, patches)
+    two = one.twin()
+    assert (two.forwards, two.seconds) == (0, 0)
+    with torch.inference_mode():
+        one._fill(patches[:2])
+        two._fill(patches[2:])
+        found = [one._answer(2), two._answer(2)]
+    torch.testing.assert_close(torch.cat(found), torch.stack(expected), rtol=0, atol=0)
+    answers(two, patches)
+    assert (one.forwards, two.forwards) == (4, 4)
+
+
 def test_two_classes_are_one_probability(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, classes=2)
     assert manifest.activation == "sigmoid"

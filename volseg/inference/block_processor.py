@@ -61,7 +61,7 @@ class _Computed:
 
 
 class BlockProcessor:
-    """Computes blocks of one planned job; every process of a job holds one.
+    """Computes blocks of one planned job; every worker of a job holds one.
 
     `other` is another one of this process: where both need the same networks in the same way, they have them together.
     """
