@@ -28,6 +28,7 @@ from volseg.models.bundle import save_bundle
 from volseg.models.graph import Graph
 from volseg.models.hardware import has_bf16
 from volseg.models.manifest import BundleManifest, ClassInfo
+from volseg.models.program import Add
 from volseg.models.registry import build, make_config
 from volseg.spec import SegmentSpec
 
@@ -113,13 +114,17 @@ def _balance(net: torch.nn.Module) -> None:
     with torch.inference_mode():
         logits = net(x if config.dims == 3 else x.transpose(0, 1)).transpose(0, 1).flatten(1)
     spread, centre = logits.std(dim=1), logits.median(dim=1).values
-    last = net.get_submodule(f"{config.program.answers[0]}.conv")
-    weight, bias = last.get_parameter("weight"), last.get_parameter("bias")
-    with torch.no_grad():
-        # A transposed convolution has its outputs second.
-        outputs = weight if isinstance(last, torch.nn.Conv2d | torch.nn.Conv3d) else weight.transpose(0, 1)
-        outputs.mul_((2 / spread).view(-1, *[1] * (weight.ndim - 1)))
-        bias.sub_(centre).mul_(2 / spread)
+    answer = next(op for op in config.program.ops if op.name == config.program.answers[0])
+    for name in answer.sources if isinstance(answer, Add) else (answer.name,):
+        last = net.get_submodule(f"{name}.conv")
+        weight, bias = last.get_parameter("weight"), last.get_parameter("bias")
+        with torch.no_grad():
+            # A transposed convolution has its outputs second.
+            outputs = weight if isinstance(last, torch.nn.Conv2d | torch.nn.Conv3d) else weight.transpose(0, 1)
+            outputs.mul_((2 / spread).view(-1, *[1] * (weight.ndim - 1)))
+            bias.sub_(centre).mul_(2 / spread)
+        # Of a sum, the first part alone is moved.
+        centre = torch.zeros_like(centre)
 
 
 def segment(case: Case, output: Path, **options: Any) -> dict[str, Any]:

@@ -47,6 +47,8 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
     ("unet", {"widths": (4, 8, 4), "up_kernel": 3, "dropout": 0.2, "dropout_at": "inputs", "residual": True}),
     ("unet", {"widths": (4, 8), "up_kernel": 4, "convs_per_level": 1, "activation": "silu"}),
     ("unet", {"widths": (4, 8, 8, 8), "deep_supervision": 2, "pools": ((1, 2, 2), (1, 2, 1), (1, 1, 2))}),
+    ("unet", {"widths": (8, 8, 8), "stem": True, "deep_supervision": 1}),
+    ("unet", {"widths": (4, 8), "stem": True, "padded": False, "up": "nearest", "pools": ((1, 3, 2),)}),
     ("inception_unet", {"widths": (4, 8)}),
     ("inception_unet", {"widths": (8, 4), "norm": "group", "activation": "silu", "pools": ((1, 1, 3),)}),
     ("fcn8", {"widths": (4, 4, 8, 8, 8)}),
@@ -262,7 +264,7 @@ def configs(draw: st.DrawFn) -> tuple[str, LevelConfig]:
         up = draw(st.sampled_from(["transpose", "nearest"]))
         kernel = draw(st.sampled_from([None, 3, 4])) if up == "transpose" else None
         values |= {"up": up, "up_kernel": kernel, "residual": draw(st.booleans()), "padded": draw(st.booleans())}
-        values |= {"dropout_at": draw(st.sampled_from(["blocks", "inputs"]))}
+        values |= {"dropout_at": draw(st.sampled_from(["blocks", "inputs"])), "stem": draw(st.booleans())}
         if values["padded"]:
             values["deep_supervision"] = draw(st.integers(0, max(0, levels - 2)))
     config = make_config(name, values)
@@ -305,6 +307,8 @@ REACHING = [
     ("unet", {"widths": (4, 4, 4), "convs_per_level": 1, "up_kernel": 3, "residual": True}),
     ("unet", {"widths": (4, 4), "padded": False, "pools": ((1, 3, 3),)}),
     ("unet", {"widths": (4, 4), "padded": False, "up_kernel": 4}),
+    ("unet", {"widths": (4, 4, 4), "stem": True}),
+    ("unet", {"widths": (4, 4), "stem": True, "padded": False}),
     ("inception_unet", {"widths": (4, 4, 4)}),
     ("fcn8", {"widths": (2, 2, 2, 2, 2)}),
     ("vgg_classifier", {"widths": (4, 4, 4), "hidden": 4}),

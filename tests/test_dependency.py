@@ -64,7 +64,7 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
     padded = draw(st.booleans())
     return {
         "dims": 2, "widths": (2,) * levels, "pools": pools, "convs_per_level": draw(st.integers(1, 2)),
-        "padded": padded,
+        "padded": padded, "stem": draw(st.booleans()),
         "up": "transpose" if transposed else "nearest", "residual": draw(st.booleans()),
         "up_kernel": draw(st.one_of(st.none(), st.integers(largest, largest + 3))) if transposed else None,
     }  # fmt: skip

@@ -146,6 +146,7 @@ UNPADDED: dict[str, Any] = {"dims": 2, "padded": False}
         ((2, 70, 90), "1,13,20", {**UNPADDED, "patch": (1, 28, 28), "widths": (3, 4), "up_kernel": 3}),
         ((2, 70, 90), "1,12,12", {**DEEP, "dims": 2, "patch": (1, 12, 12), "pools": ((1, 3, 2), (1, 2, 3))}),
         ((2, 50, 60), "1,16,16", {**FLAT, **DEEP, "residual": True}),
+        ((2, 50, 60), "1,16,16", {**FLAT, **DEEP, "stem": True}),
         ((1, 130, 150), "1,32,64", {**FLAT, "widths": (3, 3, 4, 4, 5), "convs_per_level": 1}),
         ((1, 260, 270), "1,64,64", FCN),
         ((1, 140, 90), "1,32,32", {**FLAT, "architecture": "inception_unet", "widths": (4, 8)}),

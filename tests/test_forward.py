@@ -32,6 +32,7 @@ WIDE: list[tuple[str, dict[str, Any]]] = [
     ("unet", {"widths": (16, 16), "up": "nearest", "residual": True, "activation": "silu"}),
     ("unet", {"widths": (16, 16), "norm": "instance"}),
     ("unet", {"widths": (16, 16), "norm": "group", "up_kernel": 3}),
+    ("unet", {"widths": (8, 16, 32), "stem": True}),
     ("inception_unet", {"widths": (64, 64)}),
     ("fcn8", {"widths": (8, 8, 8, 8, 8)}),
     ("vgg_classifier", {"widths": (8, 16), "hidden": 16}),

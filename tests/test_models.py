@@ -26,7 +26,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"norm": "group", "activation": "silu", "convs_per_level": 3},
     {"norm": "none", "activation": "leaky_relu", "up": "nearest", "dropout": 0.1},
     {"norm": "instance", "up": "nearest", "residual": True},
-    {"widths": (8,)},
+    {"stem": True},
+    {"widths": (8,), "stem": True},
     {"pools": ((1, 2, 2), (1, 4, 2)), "norm": "batch"},
 ]
 
@@ -177,6 +178,8 @@ print((status("VmHWM") - before) / config.activation_bytes(tuple(patch)))
         long("unet", {"widths": (16, 32, 64), "residual": True, "out_channels": 8}, (48, 96, 64)),
         long("unet", {"dims": 2, "widths": (16, 32, 64, 128), "out_channels": 1}, (1, 512, 512)),
         long("unet", {"dims": 2, "widths": (16, 32, 64), "padded": False, "norm": "none"}, (1, 556, 556)),
+        long("unet", {"widths": (8, 16, 32, 64), "stem": True, "out_channels": 8}, (64, 64, 64)),
+        long("unet", {"dims": 2, "widths": (8, 16, 32, 64), "stem": True, "out_channels": 1}, (1, 512, 512)),
         long("inception_unet", {"dims": 2, "widths": (16, 32, 64)}, (1, 512, 512)),
         long("fcn8", {"dims": 2}, (1, 512, 512)),
     ],

@@ -1,5 +1,6 @@
 """What a training leaves to planning: dimension, network, patch, batch, strength of changes; and what is refused."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,24 @@ from volseg.storage.volume import open_volume
 from volseg.training.augment import Augmentation
 from volseg.training.greys import GreySpread
 from volseg.training.index import Asked, LabelIndex, build_index
-from volseg.training.planning import DataFacts, TrainPlan, augmentation_for, choose_dims, make_plan
+from volseg.training.planning import DataFacts, Means, TrainPlan, choose_dims, make_plan
+from volseg.training.strengths import augmentation_for
 from volseg.training.view import NetworkView, TileCache
 
 BASE = {"image": "i", "labels": "l", "out": "o"}
 Voxel = tuple[float, float, float]
 
 
-def plan(region: Triple, voxel: Voxel | None = None, memory: int = 1 << 40, **options: Any) -> TrainPlan:
+def plan(
+    region: Triple, voxel: Voxel | None = None, memory: int = 1 << 40, speed: float = 1e12, **options: Any
+) -> TrainPlan:
     spec = TrainSpec.read(BASE | {"dims": 3} | options)
-    return make_plan(spec, DataFacts((region,), voxel, 1, 2), memory)
+    return make_plan(spec, DataFacts((region,), voxel, 1, 2), Means(memory, speed))
+
+
+def size(made: TrainPlan) -> tuple[tuple[int, ...], bool]:
+    arguments = made.config.model_dump()
+    return arguments["widths"], arguments["stem"]
 
 
 def test_planned_patches_fit_region_pooling_and_voxels() -> None:
@@ -63,10 +72,15 @@ def test_a_patch_that_no_network_or_region_takes_is_refused() -> None:
 
 
 def test_memory_shrinks_an_open_patch_and_refuses_a_given_one() -> None:
+    """Of an open network, too, as long as there is a smaller one."""
     full = plan((200, 200, 200))
-    smaller = plan((200, 200, 200), memory=full.training_bytes() // 2)
-    assert smaller.patch < full.patch
-    assert smaller.training_bytes() <= full.training_bytes() // 2
+    half = plan((200, 200, 200), memory=full.training_bytes() // 2)
+    assert (half.patch, half.training_bytes() <= full.training_bytes() // 2) == (full.patch, True)
+    assert size(half)[0] < size(full)[0]
+    smallest = plan((200, 200, 200), speed=1.0)
+    smaller = plan((200, 200, 200), memory=smallest.training_bytes() // 2)
+    assert (size(smaller), smaller.patch < full.patch) == (size(smallest), True)
+    assert smaller.training_bytes() <= smallest.training_bytes() // 2
     with pytest.raises(PlanError, match="choose a smaller --patch"):
         plan((200, 200, 200), memory=1 << 20, patch=64)
     with pytest.raises(PlanError, match="GiB are to be had"):
@@ -76,14 +90,36 @@ def test_memory_shrinks_an_open_patch_and_refuses_a_given_one() -> None:
 def test_parts_of_a_step_save_memory() -> None:
     whole = plan((200, 200, 200), batch=8)
     limit = whole.training_bytes() // 2
-    assert plan((200, 200, 200), memory=limit, batch=8, accumulate=4, patch=64).patch == whole.patch
+    fixed: dict[str, Any] = {"batch": 8, "patch": 64, "widths": size(whole)[0]}
+    assert plan((200, 200, 200), memory=limit, accumulate=4, **fixed).patch == whole.patch
     with pytest.raises(PlanError, match="--accumulate"):
-        plan((200, 200, 200), memory=limit, batch=8, patch=64)
+        plan((200, 200, 200), memory=limit, **fixed)
 
 
 def test_every_worker_gets_a_patch() -> None:
     spec = TrainSpec.read(BASE | {"dims": 3})
-    assert make_plan(spec, DataFacts(((99, 99, 99),), None, 1, 2), 1 << 40, devices=5).batch == 5
+    assert make_plan(spec, DataFacts(((99, 99, 99),), None, 1, 2), Means(1 << 40, 1e12, 5)).batch == 5
+
+
+@pytest.mark.parametrize(("dims", "region", "levels"), [(2, (20, 512, 512), 5), (3, (128, 128, 128), 4)])
+def test_the_network_grows_with_the_time_and_the_machine(dims: int, region: Triple, levels: int) -> None:
+    """A size is chosen from the speed on at which its 2000 steps fit the time."""
+    stem = (tuple(8 << i for i in range(5)), True)
+    sizes = [stem, *((tuple(first << i for i in range(levels)), False) for first in (8, 16, 32))]
+    assert size(plan(region, dims=dims, speed=1.0)) == stem
+    for smaller, (widths, _) in pairwise(sizes):
+        speed = 2000 / 60 * plan(region, dims=dims, widths=widths).step_flops()
+        assert size(plan(region, dims=dims, max_minutes=1, speed=1.001 * speed)) == (widths, False)
+        assert size(plan(region, dims=dims, max_minutes=1, speed=0.999 * speed)) == smaller
+        assert size(plan(region, dims=dims, max_minutes=5, folds=5, speed=0.999 * speed)) == smaller
+
+
+def test_what_the_user_says_of_the_network_is_not_planned() -> None:
+    assert size(plan((128, 128, 128), widths=(4, 8), speed=1.0)) == ((4, 8), False)
+    assert size(plan((128, 128, 128), network={"stem": True}, speed=1e15)) == ((32, 64, 128, 256), True)
+    assert size(plan((128, 128, 128), pools="2;2", speed=1.0)) == ((8, 16, 32), True)
+    # A short training needs no network that could learn for long.
+    assert size(plan((128, 128, 128), max_steps=20, max_minutes=10, speed=6e10))[0][0] == 32
 
 
 @pytest.mark.parametrize(
@@ -97,9 +133,27 @@ def test_every_worker_gets_a_patch() -> None:
     ],
 )
 def test_slices_or_volumes(voxel: Voxel | None, shape: Triple, labelled: float, dims: int) -> None:
-    assert choose_dims(TrainSpec.read(BASE), [shape], voxel, labelled) == dims
+    facts, means = DataFacts((shape,), voxel, 1, 2), Means(1 << 40, 1e12)
+    assert choose_dims(TrainSpec.read(BASE), facts, labelled, means) == dims
     for given in (2, 3):
-        assert choose_dims(TrainSpec.read(BASE | {"dims": given}), [shape], voxel, labelled) == given
+        assert choose_dims(TrainSpec.read(BASE | {"dims": given}), facts, labelled, means) == given
+
+
+@pytest.mark.parametrize(
+    ("options", "speed", "dims"),
+    [
+        ({"max_minutes": 5}, 6e10, 2),
+        ({"max_minutes": 60}, 6e10, 3),
+        ({"max_minutes": 60, "folds": 6}, 6e10, 2),
+        ({"max_minutes": 5}, 5e12, 3),
+        ({}, 6e10, 3),
+        ({"max_minutes": 5, "patch": 64}, 6e10, 3),
+        ({"max_minutes": 5, "side": 16}, 6e10, 3),
+    ],
+)
+def test_volumes_need_time(options: dict[str, Any], speed: float, dims: int) -> None:
+    facts, means = DataFacts(((100, 100, 100),), None, 1, 2), Means(1 << 40, speed)
+    assert choose_dims(TrainSpec.read(BASE | options), facts, 1.0, means) == dims
 
 
 @pytest.mark.parametrize(
@@ -126,7 +180,7 @@ def test_a_training_that_starts_from_a_bundle_has_its_network() -> None:
     first = plan((64, 64, 64), widths=(8, 16, 24), norm="group")
     spec = TrainSpec.read(BASE | {"dims": 3, "dropout": 0.1})
     facts = DataFacts(((64, 64, 64),), None, 2, 5, init=first.config.model_dump())
-    config = make_plan(spec, facts, 1 << 40).config.model_dump()
+    config = make_plan(spec, facts, Means(1 << 40, 1e12)).config.model_dump()
     assert (config["widths"], config["norm"], config["dropout"]) == ((8, 16, 24), "group", 0.1)
     assert (config["in_channels"], config["out_channels"]) == (2, 5)
 

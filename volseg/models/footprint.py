@@ -11,7 +11,7 @@ from collections import Counter
 from math import prod
 
 from volseg.geometry.box import Triple
-from volseg.models.program import INPUT, Add, Concat, Conv, Drop, Normalise, Op, Pool, Program
+from volseg.models.program import INPUT, Add, Concat, Conv, Drop, Normalise, Op, Pool, Program, Raise
 from volseg.models.tiles import READ, tiles_of
 
 _CHANCE = 1.12
@@ -117,6 +117,9 @@ class _Replay:
             case Pool() if op.kernel != op.stride:
                 # torch computes the places of the maxima, as int64, whether they are asked for or not.
                 self._pass([8 * self.values[op.name]])
+            case Raise() if self.patch[0] > 1:
+                # In 3D torch lays the source out anew and spreads it into columns, as many as the answer has values.
+                self._pass([self.values[name] * self.itemsize for name in (*op.sources, op.name)])
         return (address,)
 
     def _convolved(self, op: Conv) -> int:

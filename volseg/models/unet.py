@@ -19,6 +19,10 @@ class UNetConfig(LevelConfig):
       axes that were pooled (the pooling factor itself where None); `nearest` repeats voxels.
     - `dropout_at`: `blocks` ends every level's convolutions with a dropout, `inputs` has one after each pool and after
       each concatenation.
+    - `stem`: the finest level has a single convolution on the way down and none on the way up: its answer is the sum of
+      what a transposed convolution makes of the next coarser level and what a 1x1 convolution makes of the skip. Most
+      of a U-Net's work lies at the finest level; this takes a fraction of it, and thin structures still meet full
+      resolution.
     - `deep_supervision`: number of further heads on the next coarser decoder levels, for training only (Lee et al.
       2015, in the manner of Isensee et al. 2021).
     """
@@ -30,6 +34,7 @@ class UNetConfig(LevelConfig):
     up_kernel: int | None = Field(None, ge=1, le=16)
     residual: bool = False
     padded: bool = True
+    stem: bool = False
     deep_supervision: int = Field(0, ge=0, le=6)
 
     @model_validator(mode="after")
@@ -57,20 +62,25 @@ class UNetConfig(LevelConfig):
         """Return the network; the weights lie below `encoder`, `up`, `decoder`, `head` and `supervision`."""
         build = Builder(self.dims, self.in_channels)
         x, skips = INPUT, []
+        stem = self.stem and len(self.widths) > 1
         for level, width in enumerate(self.widths):
             if level:
                 skips.append(x)
                 x = build.pool(f"encoder.{level}.pool", x, self.factors[level - 1])
                 x = self._drop(build, f"encoder.{level}.input", x, "inputs")
-            x = self._block(build, f"encoder.{level}", x, width)
+            x = self._block(build, f"encoder.{level}", x, width, 1 if stem and not level else self.convs_per_level)
         coarser: list[str] = []
-        for level in reversed(range(len(self.factors))):
+        for level in reversed(range(1 if stem else 0, len(self.factors))):
             x = self._raise(build, level, x)
             x = build.concat(f"decoder.{level}.joined", skips.pop(), x)
             x = self._drop(build, f"decoder.{level}.input", x, "inputs")
-            x = self._block(build, f"decoder.{level}", x, self.widths[level])
+            x = self._block(build, f"decoder.{level}", x, self.widths[level], self.convs_per_level)
             if 1 <= level <= self.deep_supervision:
                 coarser.insert(0, build.conv(f"supervision.{level}", x, self.out_channels, 1))
+        if stem:
+            fine = build.conv("skip", skips.pop(), self.out_channels, 1)
+            coarse = build.up("head", x, self.out_channels, self.factors[0], self.factors[0])
+            return build.program(build.add("sum", coarse, fine, "none"), *coarser)
         return build.program(build.conv("head", x, self.out_channels, 1), *coarser)
 
     def _raise(self, build: Builder, level: int, x: str) -> str:
@@ -81,7 +91,7 @@ class UNetConfig(LevelConfig):
         a, b, c = ((f if side is None or f == 1 else side) for f in factor)
         return build.up(f"up.{level}", x, self.widths[level], factor, (a, b, c))
 
-    def _block(self, build: Builder, name: str, source: str, width: int) -> str:
+    def _block(self, build: Builder, name: str, source: str, width: int, convs: int) -> str:
         cin = build.channels[source]
         # Of the block's input and its shortcut, the one with fewer channels is what stays in memory meanwhile.
         early = cin >= width
@@ -89,8 +99,8 @@ class UNetConfig(LevelConfig):
         if self.residual and cin != width and early:
             shortcut = build.conv(f"{name}.shortcut", source, width, 1)
         x = source
-        for i in range(self.convs_per_level):
-            last = self.residual and i == self.convs_per_level - 1
+        for i in range(convs):
+            last = self.residual and i == convs - 1
             act = "none" if last else self.activation
             x = build.conv(f"{name}.{i}", x, width, 3, norm=self.norm, activation=act, padded=self.padded)
         if self.residual:

@@ -12,6 +12,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -57,7 +58,8 @@ def run_rank(spec: TrainSpec, site: Site) -> TrainResult:
     if finished is not None:
         return finished
     together(site.group, partial(_check, spec))
-    settled = together(site.group, partial(settle, spec))
+    before = together(site.group, partial(_dims_before, spec, workplace, site))
+    settled = site.group.first(together(site.group, partial(settle, spec, site, before)))
     data = together(site.group, partial(open_data, settled, note_of(site)))
     plan = site.group.first(together(site.group, partial(plan_for, settled, data, site)))
     if spec.folds is None:
@@ -157,6 +159,14 @@ def _load(spec: TrainSpec, workplace: Workplace, site: Site) -> tuple[str | None
     check_same(spec, state["spec"])
     site.note(f"going on from step {state['step']} after {state['seconds']:.0f} s of training")
     return found
+
+
+def _dims_before(spec: TrainSpec, workplace: Workplace, site: Site) -> Literal[2, 3] | None:
+    """Return, on the first rank, the dims of an earlier attempt: other machines might not choose them now."""
+    if spec.dims is not None or site.group.rank > 0 or not (spec.resume or site.restarted):
+        return None
+    found = (workplace if spec.folds is None else workplace.part("fold-1")).newest_valid(_silent)
+    return found[1]["plan"]["config"]["dims"] if found is not None else None
 
 
 def note_of(site: Site) -> Note:

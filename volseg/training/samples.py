@@ -20,7 +20,7 @@ def draw_preview(spec: TrainSpec) -> bytes:
     """
     device = choose_device(spec)
     site = Site(device, spec.threads or cores(), memory_share(device), report=lambda _: None, note=lambda _: None)
-    settled = settle(spec)
+    settled = settle(spec, site)
     data = open_data(settled, site.note)
     plan = plan_for(settled, data, site)
     plain = Sampler(data, plan.patch, plan.answer, None, spec.seed)
