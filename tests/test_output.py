@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from tests.support import Case, labels_of, probabilities_of, receipts_of, segment, status_of
 from volseg.errors import InputError, OutputExistsError, VerifyError, VolumeError
@@ -296,6 +297,13 @@ def test_places_are_made_absolute(case: Case, monkeypatch: pytest.MonkeyPatch) -
     assert job.spec.model == case.bundle
 
 
+@pytest.fixture
+def vast(case: Case, tmp_path: Path) -> Case:
+    """A volume that nothing was ever stored of, and that takes hours."""
+    zarr.create_array(tmp_path / "vast", shape=(4000,) * 3, chunks=(64,) * 3, dtype="uint8")
+    return Case(str(tmp_path / "vast"), case.bundle, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "workers", "expected"),
     [
@@ -305,6 +313,8 @@ def test_places_are_made_absolute(case: Case, monkeypatch: pytest.MonkeyPatch) -
         ({}, 4, "ray"),
         ({"patch": "96,96,96"}, 2, "threads"),
         ({"patch": "96,96,96"}, 8, "ray"),
+        ({"roi": "0:99,0:99,0:99"}, 8, "threads"),
+        ({"roi": "0:99,0:99,0:99"}, 9, "ray"),
         ({"workers": 1}, 4, "serial"),
         ({"workers": 2, **LONG}, 1, "threads"),
         ({"executor": "serial"}, 4, "serial"),
@@ -313,9 +323,25 @@ def test_places_are_made_absolute(case: Case, monkeypatch: pytest.MonkeyPatch) -
         ({"address": "auto", "workers": 1}, 1, "ray"),
     ],
 )
-def test_which_executor(case: Case, tmp_path: Path, options: dict[str, Any], workers: int, expected: str) -> None:
-    """Threads share Python's lock: few of them, and fewer where forwards are short."""
-    assert executor_of(spec_of(case, tmp_path, **options), Cores(4, 0, "cpu", workers, GIB)) == expected
+def test_which_executor(vast: Case, tmp_path: Path, options: dict[str, Any], workers: int, expected: str) -> None:
+    """Threads share Python's lock: few of them, and fewer where forwards are short, unless the whole job is."""
+    assert executor_of(spec_of(vast, tmp_path, **options), Cores(4, 0, "cpu", workers, GIB)) == expected
+
+
+def test_a_short_job_is_over_before_ray_has_started(case: Case, vast: Case, tmp_path: Path) -> None:
+    cores = Cores(4, 0, "cpu", 4, GIB)
+    assert executor_of(spec_of(case, tmp_path), cores) == "threads"
+    assert executor_of(spec_of(case, tmp_path), cores, many=True) == "ray", "of a batch, nobody knows how long it is"
+    # What multiplies the forwards counts; without an overlap there are half as many.
+    kinds: list[tuple[dict[str, Any], str]] = [
+        ({}, "ray"),
+        ({"overlap": 0}, "threads"),
+        ({"overlap": None, "blend": "exact"}, "threads"),
+        ({"overlap": 0, "mirror": True}, "ray"),
+    ]
+    for options, expected in kinds:
+        spec = spec_of(vast, tmp_path, roi="0:600,0:600,0:600", **options)
+        assert executor_of(spec, cores) == expected, options
 
 
 def test_gpus_are_for_actors(case: Case, tmp_path: Path) -> None:

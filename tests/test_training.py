@@ -83,7 +83,7 @@ def test_without_a_validation_region_the_last_weights_are_kept_and_it_says_so(tm
 
 def test_minutes_limit_a_training(tmp_path: Path) -> None:
     told: list[TrainProgress] = []
-    spec = spec_for(tmp_path, volumes(tmp_path), max_minutes=0.03, max_steps=10**6)
+    spec = spec_for(tmp_path, volumes(tmp_path), max_minutes=0.03, max_steps=None)
     result = train(spec, told.append)
     assert 0 < result.steps < 10**6
     assert told[-2].learning_rate < spec.learning_rate / 10, "the learning rate has come down by then"

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,31 @@ def test_status_while_it_trains_and_after_it_stopped(data: dict[str, str], tmp_p
     assert status.job_key == training_key(spec)
     after = read_status(spec.out)
     assert (after.state, after.ended, after.seconds_left) == ("stopped", True, None)
+
+
+def _has_done(out: str, steps: int) -> bool:
+    return read_status(out).done == steps
+
+
+def test_status_where_the_time_is_the_limit(data: dict[str, str], tmp_path: Path) -> None:
+    """Nobody knows the number of steps; the pace tells it."""
+    spec = spec_for(tmp_path, data, max_minutes=1, max_steps=None)
+    now = replace(NOW, max_steps=spec.most_steps, max_seconds=60.0)
+    seen = []
+
+    def train(_: TrainSpec, progress: ProgressCallback, __: object) -> TrainResult:
+        for told in (now, replace(now, step=now.step + 10, seconds=now.seconds + 2)):
+            progress(told)
+            wait_until(partial(_has_done, spec.out, told.step))
+            seen.append(read_status(spec.out))
+        raise JobInterrupted("stopped by the user")
+
+    with pytest.raises(JobInterrupted):
+        run_training(spec, train, quiet, quiet)
+    first, second = seen
+    assert (first.total, first.done) == (0, now.step)
+    left = 60 - now.seconds - 2
+    assert (second.total, second.seconds_left) == (now.step + 10 + round(5 * left), left)
     assert read_status(spec.out, "0123").state == "absent"
     words = in_words(JobStatus("", "", "running", 40, 14, unit="steps", loss=0.5, best_dice=0.8, seconds_left=5.2))
     assert words == "running, 14 of 40 steps, loss 0.500, best Dice 0.800, about 5 s left"

@@ -157,6 +157,11 @@ def test_every_option_says_what_it_means(model: type[SegmentSpec | TrainSpec]) -
         assert field.description, name
 
 
+def test_steps_are_limited_where_nothing_else_limits_a_training() -> None:
+    for options, most in (({}, 10_000), ({"max_minutes": 3}, 10**9), ({"max_minutes": 3, "max_steps": 20}, 20)):
+        assert TrainSpec.read({**TRAIN, **options}).most_steps == most
+
+
 def test_floats_are_read_from_text() -> None:
     assert parse_floats("0.1,0.022,0.022", "--voxel-size") == (0.1, 0.022, 0.022)
     assert parse_floats("3", "--voxel-size") == (3.0, 3.0, 3.0)

@@ -130,7 +130,7 @@ def _runner(spec: BatchSpec, name: str) -> Iterator[_Run]:
     address = spec.address if spec.in_process else spec.address or os.environ.get("RAY_ADDRESS")
     spec = spec.model_copy(update={"address": address})
     cores = None if address and not spec.in_process else local_cores(spec)
-    if cores is not None and (kind := executor_of(spec, cores)) != "ray":
+    if cores is not None and (kind := executor_of(spec, cores, many=True)) != "ray":
         make = partial(local_executor, kept=[])
         yield lambda spec, report, note: _segment(spec, cores, kind, make, report, note)
         return

@@ -54,7 +54,7 @@ def run_training(spec: TrainSpec, train: Train, progress: ProgressCallback, note
     note = tagged(note, job=short_name(key), attempt=ledger.attempt, submission=os.environ.get(SUBMISSION, ""))
     note(lines.training_started(spec))
     try:
-        with _Pulse(ledger, {**whose, "total": spec.max_steps}) as pulse:
+        with _Pulse(ledger, {**whose, "total": spec.most_steps if spec.max_minutes is None else 0}) as pulse:
 
             def report_progress(now: TrainProgress) -> None:
                 pulse.take(now)
@@ -133,10 +133,14 @@ class _Pulse:
         first, now = self._first, self._last
         if first is None or now is None:
             return self._facts
-        left = [(now.max_steps - now.step) * (now.seconds - first.seconds) / max(1, now.step - first.step)]
-        left += [now.max_seconds - now.seconds] if now.max_seconds is not None else []
+        each = (now.seconds - first.seconds) / max(1, now.step - first.step)
+        left, total = (now.max_steps - now.step) * each, now.max_steps
+        if now.max_seconds is not None and (not each or now.max_seconds - now.seconds < left):
+            # The time ends it, after about so many steps.
+            left = max(0.0, now.max_seconds - now.seconds)
+            total = now.step + round(left / each) if each else 0
         return {
-            **self._facts, "total": now.max_steps, "resumed": first.step, "computed": now.step - first.step,
-            "seconds": round(now.seconds - first.seconds, 3), "left": round(max(0.0, min(left)), 1), "loss": now.loss,
+            **self._facts, "total": total, "resumed": first.step, "computed": now.step - first.step,
+            "seconds": round(now.seconds - first.seconds, 3), "left": round(left, 1), "loss": now.loss,
             "best_dice": now.best_dice,
         }  # fmt: skip

@@ -10,6 +10,10 @@ from volseg.geometry.box import Triple
 from volseg.spec.augment import AugmentSpec
 from volseg.spec.base import Spec, parse_list, parse_triple, parse_triples, positive
 
+_STEPS = 10_000
+# More than any time allows.
+_ANY_STEPS = 10**9
+
 
 class TrainSpec(Spec):
     """Train a network on labelled regions of one or several volumes and write a bundle.
@@ -126,7 +130,9 @@ class TrainSpec(Spec):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="arithmetic of the training steps; auto: bf16 where the processor has it"
     )
-    max_steps: int = Field(10_000, ge=1, description="optimiser steps at most")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimiser steps at most [default: 10000, as many as fit where --max-minutes is given]"
+    )
     max_minutes: float | None = Field(None, gt=0.0, description="wall-clock limit in minutes, validation included")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
     resume: bool = Field(True, description="continue an interrupted training in the same folder")
@@ -210,6 +216,13 @@ class TrainSpec(Spec):
     def flat(self) -> bool:
         """Whether slices are taken one by one; None of `dims` is planned before anybody asks."""
         return self.dims == 2
+
+    @property
+    def most_steps(self) -> int:
+        """Optimiser steps at most."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return _STEPS if self.max_minutes is None else _ANY_STEPS
 
     def per_volume(self, name: Literal["offset", "train_roi", "val_roi"]) -> tuple[Any, ...]:
         """Return the entries of `name`, one a volume; None where the option was not given."""

@@ -157,7 +157,7 @@ def make_task(spec: TrainSpec, data: Data, plan: TrainPlan, context: Context, ne
         schedule=make_schedule(spec.schedule, spec.learning_rate, warm_up=spec.warm_up, cycles=spec.cycles),
         sigmoid=sigmoid,
         batch=plan.batch,
-        max_steps=spec.max_steps,
+        max_steps=spec.most_steps,
         max_seconds=spec.max_minutes * 60 if spec.max_minutes is not None else None,
         weight_decay=spec.weight_decay,
         seed=spec.seed,

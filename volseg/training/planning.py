@@ -161,7 +161,7 @@ def _is_enough(spec: TrainSpec, plan: TrainPlan, means: Means) -> bool:
     seconds = 60 * spec.max_minutes if spec.max_minutes is not None else _USUAL_SECONDS
     if spec.folds is not None and spec.max_minutes is not None:
         seconds /= spec.folds
-    return seconds * means.speed >= min(_ENOUGH, spec.max_steps) * plan.step_flops()
+    return seconds * means.speed >= min(_ENOUGH, spec.most_steps) * plan.step_flops()
 
 
 def _parts(spec: TrainSpec, means: Means) -> int:

@@ -127,7 +127,7 @@ def _train_folds(spec: TrainSpec, settled: TrainSpec, data: Data, plan: TrainPla
     assert spec.folds is not None
     say, workplace = note_of(site), Workplace.beside(spec.out)
     minutes = spec.max_minutes / spec.folds if spec.max_minutes is not None else None
-    share = {"max_minutes": minutes, "max_steps": max(1, spec.max_steps // spec.folds)}
+    share = {"max_minutes": minutes, "max_steps": max(1, spec.most_steps // spec.folds)}
     each = settled.model_copy(update=share)
     trained = []
     for number, part in enumerate(together(site.group, partial(data.folds, spec.folds, say)), 1):
