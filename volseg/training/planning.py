@@ -30,6 +30,9 @@ _SIZES = ((32, False), (16, False), (8, False), (8, True))
 _LEVELS = {2: 5, 3: 4}
 # Steps that a network needs to get near what it can do; forward and backward of a step cost three forwards.
 _ENOUGH = 2000
+# From so many steps on a small 3D network does as well as a 2D one, which by then has learnt what slices tell (measured
+# on a CT of a body).
+_ENOUGH_FOR_VOLUMES = 1000
 _STEP_COST = 3
 # Without a limit of time, a training may take about as long.
 _USUAL_SECONDS = 3600.0
@@ -121,7 +124,8 @@ def choose_dims(spec: TrainSpec, facts: DataFacts, labelled: float, means: Means
     # Who names a patch or pools of three axes wants them all.
     if spec.patch is not None or spec.pools is not None:
         return 3
-    return 3 if _is_enough(spec, make_plan(spec.model_copy(update={"dims": 3}), facts, means), means) else 2
+    plan = make_plan(spec.model_copy(update={"dims": 3}), facts, means)
+    return 3 if _is_enough(spec, plan, means, _ENOUGH_FOR_VOLUMES) else 2
 
 
 def make_plan(spec: TrainSpec, facts: DataFacts, means: Means) -> TrainPlan:
@@ -156,12 +160,12 @@ def _is_open(spec: TrainSpec, facts: DataFacts) -> bool:
     return spec.architecture == "unet" and spec.widths is None and facts.init is None
 
 
-def _is_enough(spec: TrainSpec, plan: TrainPlan, means: Means) -> bool:
-    """Whether the time allows as many steps as the network needs, or as many as are wanted at most."""
+def _is_enough(spec: TrainSpec, plan: TrainPlan, means: Means, steps: int = _ENOUGH) -> bool:
+    """Whether the time allows so many `steps`, or as many as are wanted at most."""
     seconds = 60 * spec.max_minutes if spec.max_minutes is not None else _USUAL_SECONDS
     if spec.folds is not None and spec.max_minutes is not None:
         seconds /= spec.folds
-    return seconds * means.speed >= min(_ENOUGH, spec.most_steps) * plan.step_flops()
+    return seconds * means.speed >= min(steps, spec.most_steps) * plan.step_flops()
 
 
 def _parts(spec: TrainSpec, means: Means) -> int:
