@@ -114,12 +114,13 @@ def trainer(dims: int, threads: int) -> Callable[[Tensor, Tensor], None]:
     from volseg.training.region import IGNORED
 
     torch.manual_seed(0)
-    torch.set_num_threads(threads)
     config = make_config("unet", {"dims": dims, "in_channels": 1, "out_channels": 2, "widths": list(WIDTHS)})
     network = build("unet", config).train()
     optimiser = torch.optim.AdamW(network.parameters(), 1e-3)
 
     def step(images: Tensor, labels: Tensor) -> None:
+        # Until its first operation a thread takes the number that any thread named last: 1 in those of the loader.
+        torch.set_num_threads(threads)
         if dims == 2:
             images, labels = images.reshape(-1, 1, *images.shape[-2:]), labels.reshape(-1, *labels.shape[-2:])
         optimiser.zero_grad()
