@@ -103,6 +103,36 @@ def test_other_options_do_not_resume(tmp_path: Path) -> None:
     assert result.resumed_from == 0
 
 
+@pytest.mark.parametrize("validation", [{"val_roi": "16:24,:,:"}, {"val_roi": None, "folds": 2}], ids=["one", "folds"])
+def test_a_resumed_training_keeps_its_dimension(tmp_path: Path, validation: dict[str, Any]) -> None:
+    """Too short for volumes at first; with the time that it is given then, it would have begun with them."""
+    image, labels = scene((24, 24, 24))
+    data = volumes(tmp_path, image=image, labels=labels)
+    open_: dict[str, Any] = {
+        "dims": None,
+        "widths": None,
+        "patch": None,
+        "side": 16,
+        "batch": 2,
+        "axis": "y",
+        **validation,
+    }
+    options = {**open_, "train_roi": "0:16,:,:" if "folds" not in validation else ":,:,:"}
+
+    def stop(now: TrainProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(JobInterrupted):
+        train(spec_for(tmp_path, data, **options, max_minutes=0.005, max_steps=None), stop)
+    later = {**options, "max_minutes": 5, "max_steps": 4}
+    result = train(spec_for(tmp_path, data, **later))
+    assert result.resumed_from > 0
+    manifest = read_manifest(result.bundle)
+    assert (manifest.config.dims, manifest.axis, manifest.patch) == (2, "y", (16, 1, 16))
+    anew = train(spec_for(tmp_path, data, **later, resume=False, overwrite=True))
+    assert read_manifest(anew.bundle).config.dims == 3
+
+
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_a_killed_training_goes_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -58,10 +58,14 @@ def run_rank(spec: TrainSpec, site: Site) -> TrainResult:
     if finished is not None:
         return finished
     together(site.group, partial(_check, spec))
-    before = together(site.group, partial(_dims_before, spec, workplace, site))
-    settled = site.group.first(together(site.group, partial(settle, spec, site, before)))
+    before = site.group.first(together(site.group, partial(_plan_before, spec, workplace, site)))
+    dims = before["config"]["dims"] if before is not None else None
+    settled = site.group.first(together(site.group, partial(settle, spec, site, dims)))
     data = together(site.group, partial(open_data, settled, note_of(site)))
-    plan = site.group.first(together(site.group, partial(plan_for, settled, data, site)))
+    if before is not None:
+        plan = plan_from(settled, before)
+    else:
+        plan = site.group.first(together(site.group, partial(plan_for, settled, data, site)))
     if spec.folds is None:
         trained = train_one(spec, settled, data, plan, site, workplace)
     else:
@@ -161,12 +165,19 @@ def _load(spec: TrainSpec, workplace: Workplace, site: Site) -> tuple[str | None
     return found
 
 
-def _dims_before(spec: TrainSpec, workplace: Workplace, site: Site) -> Literal[2, 3] | None:
-    """Return, on the first rank, the dims of an earlier attempt: other machines might not choose them now."""
-    if spec.dims is not None or site.group.rank > 0 or not (spec.resume or site.restarted):
+def _plan_before(spec: TrainSpec, workplace: Workplace, site: Site) -> dict[str, Any] | None:
+    """Return, on the first rank, the plan of an earlier attempt: with other machines or times it would be another now.
+
+    The folds of a training have one plan, that of the first one.
+    """
+    if site.group.rank > 0 or not (spec.resume or site.restarted):
         return None
     found = (workplace if spec.folds is None else workplace.part("fold-1")).newest_valid(_silent)
-    return found[1]["plan"]["config"]["dims"] if found is not None else None
+    if found is None:
+        return None
+    check_same(spec, found[1]["spec"])
+    plan: dict[str, Any] = found[1]["plan"]
+    return plan
 
 
 def note_of(site: Site) -> Note:
