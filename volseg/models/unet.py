@@ -22,7 +22,7 @@ class UNetConfig(LevelConfig):
     - `stem`: the finest level has a single convolution on the way down and none on the way up: its answer is the sum of
       what a transposed convolution makes of the next coarser level and what a 1x1 convolution makes of the skip. Most
       of a U-Net's work lies at the finest level; this takes a fraction of it, and thin structures still meet full
-      resolution.
+      resolution. A single level stays as it is.
     - `deep_supervision`: number of further heads on the next coarser decoder levels, for training only (Lee et al.
       2015, in the manner of Isensee et al. 2021).
     """
